@@ -1,0 +1,229 @@
+"""Find out what a path is, and open it with the reader of its format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mamba_export.checkpoint import bare, codestral, huggingface, statespaces
+from mamba_export.checkpoint.base import FORMATS, Checkpoint
+from mamba_export.checkpoint.config import read_json
+from mamba_export.checkpoint.hub import download, looks_like_hub_id
+from mamba_export.checkpoint.layout import account, canonical
+from mamba_export.checkpoint.storage import (
+    WEIGHT_SUFFIXES,
+    Weights,
+    complete_shards,
+    open_index,
+    open_weights,
+)
+from mamba_export.errors import CheckpointError, MambaExportError, UnsupportedError, UsageError
+
+CONFIG = "config.json"
+PARAMS = "params.json"
+_WEIGHT_NAMES = {
+    "codestral": ("consolidated.safetensors", "consolidated.safetensors.index.json"),
+    "other": (
+        *("model.safetensors", "model.safetensors.index.json"),
+        *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ),
+}
+_SUPPORTED = "supported: folders of state-spaces, Hugging Face or Codestral Mamba, or a .pt, .bin or .safetensors file"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was found: a format, its config and where the weights lie."""
+
+    path: Path
+    folder: Path
+    format: str
+    config: dict[str, Any]
+    config_path: Path | None
+    file: Path | None
+    """The weight file that was named, None when the folder decides."""
+
+
+def open_checkpoint(path: str | Path, format: str | None = None) -> Checkpoint:
+    """Open a checkpoint. Nothing but headers and configs is read here.
+
+    Args:
+        path: a folder, a ``.pt``/``.pth``/``.bin``/``.safetensors`` file, or a hub id such as
+            ``state-spaces/mamba-130m``.
+        format: one of :data:`FORMATS`; detected when None.
+
+    Raises:
+        UsageError: no such path, or an unknown format.
+        CheckpointError: damaged, incomplete or contradicting itself.
+        UnsupportedError: sound, but of a kind this version does not export.
+        EnvironmentProblem: the hub cannot be reached, or a package is missing.
+    """
+    if format is not None and format not in FORMATS:
+        raise UsageError(f"unknown checkpoint format '{format}'", f"formats: {', '.join(FORMATS)}")
+    place = Path(path).expanduser()
+    try:
+        exists = place.exists()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    if not exists:
+        if not looks_like_hub_id(path):
+            raise UsageError(f"no such file or folder: {path}", "give a folder, a weight file or a hub id (org/name)")
+        place = download(str(path))
+    return _open(detect(place, format))
+
+
+def _open(source: Source) -> Checkpoint:
+    weights = _weights(source)
+    try:
+        return _read(source, weights)
+    except BaseException:
+        weights.close()
+        raise
+
+
+def _read(source: Source, weights: Weights) -> Checkpoint:
+    assumptions: list[str] = []
+    described_by = source.config_path.name if source.config_path else weights.where
+    if source.format == "state-spaces":
+        spec = statespaces.spec_from_config(source.config, described_by)
+        found = canonical(weights)
+    elif source.format == "codestral":
+        spec = codestral.spec_from_params(source.config, described_by)
+        found = canonical(weights)
+    elif source.format == "huggingface":
+        spec = huggingface.spec_from_config(source.config, described_by, assumptions)
+        found = huggingface.drop_weightless(canonical(weights, huggingface.rename))
+    else:
+        found = canonical(weights, huggingface.rename)
+        spec = bare.spec_from_shapes(found, weights.where, assumptions)
+    tensors = account(spec, found, weights.where, described_by)
+    tokenizer = source.folder / "tokenizer.json"
+    return Checkpoint(
+        path=source.path,
+        format=source.format,
+        spec=spec,
+        tensors=tensors,
+        weights=weights,
+        config=source.config,
+        config_path=source.config_path,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        eos_token_ids=_eos_token_ids(source),
+        assumptions=assumptions,
+    )
+
+
+def detect(path: Path, format: str | None = None) -> Source:
+    """The format of a folder or file, its config and its weight file.
+
+    Raises:
+        UsageError: ``path`` is a bundle.
+        CheckpointError: there is no checkpoint here.
+    """
+    folder, file = (path, None) if path.is_dir() else (path.parent, path)
+    if file is None:
+        _refuse_others(folder)
+    elif file.name == CONFIG or file.name == PARAMS or file.name.endswith(".index.json"):
+        folder, file = path.parent, None
+    elif _shard_of_index(file):
+        file = None
+    found = format or _format(folder, file)
+    config_path = {"state-spaces": CONFIG, "huggingface": CONFIG, "codestral": PARAMS}.get(found)
+    if config_path is None:
+        return Source(path, folder, found, {}, None, file)
+    config_file = folder / config_path
+    if not config_file.is_file():
+        raise CheckpointError(
+            f"{folder} has no {config_path}, which a {found} checkpoint needs", f"formats: {', '.join(FORMATS)}"
+        )
+    return Source(path, folder, found, read_json(config_file), config_file, file)
+
+
+def _format(folder: Path, file: Path | None) -> str:
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    params = (folder / PARAMS).is_file()
+    if params and (file.name in _WEIGHT_NAMES["codestral"] if file else _first(folder, "codestral")):
+        # Codestral's repository also holds the Hugging Face files; those win when they are complete.
+        if config is None or file is not None or not _first(folder, "other"):
+            return "codestral"
+    if config is not None:
+        if "hidden_size" in config or ("model_type" in config and not {"d_model", "n_layer"} <= set(config)):
+            return "huggingface"
+        if "d_model" in config or "ssm_cfg" in config or "n_layer" in config:
+            return "state-spaces"
+        if file is None:
+            raise UnsupportedError(f"{folder / CONFIG} is not the config of a model known here", _SUPPORTED)
+    if params and file is None:
+        return "codestral"
+    return "bare"
+
+
+def _first(folder: Path, kind: str) -> Path | None:
+    return next((folder / name for name in _WEIGHT_NAMES[kind] if (folder / name).is_file()), None)
+
+
+def _shard_of_index(file: Path) -> bool:
+    for index in file.parent.glob("*.index.json"):
+        try:
+            listed = read_json(index).get("weight_map")
+        except MambaExportError:
+            continue
+        if isinstance(listed, dict) and file.name in listed.values():
+            return True
+    return False
+
+
+def _weights(source: Source) -> Weights:
+    if source.file is not None:
+        return open_weights([source.file])
+    folder = source.folder
+    named = _first(folder, "codestral" if source.format == "codestral" else "other")
+    if named is not None:
+        return open_index(named) if named.name.endswith(".index.json") else open_weights([named])
+    candidates = sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    candidates = [path for path in candidates if path.name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
+    safe = [path for path in candidates if path.suffix == ".safetensors"]
+    for group in (safe, candidates):
+        shards = complete_shards(group)
+        if shards:
+            return open_weights(shards)
+        if len(group) == 1:
+            return open_weights(group)
+    if not candidates:
+        raise CheckpointError(f"{folder} holds no weights", f"expected one of: {', '.join(_WEIGHT_NAMES['other'])}")
+    raise CheckpointError(
+        f"{folder} holds {len(candidates)} weight files: {', '.join(path.name for path in candidates[:4])}",
+        "name the file instead of the folder",
+    )
+
+
+def _refuse_others(folder: Path) -> None:
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise UsageError(f"cannot read {folder}: {error.strerror or error}") from error
+    if not names:
+        raise CheckpointError(f"{folder} is an empty folder", _SUPPORTED)
+    if "manifest.json" in names and "prefill.onnx" in names:
+        raise UsageError(f"{folder} is a bundle, not a checkpoint", "give the checkpoint it was exported from")
+    if "adapter_config.json" in names and CONFIG not in names:
+        raise UnsupportedError(f"{folder} holds an adapter (LoRA), not a model", "merge it into its base model first")
+    if any(name.endswith(".distcp") or name.startswith("mp_rank_") for name in names):
+        raise UnsupportedError(f"{folder} holds a tensor-parallel or distributed checkpoint", "merge it into one first")
+    if not any(name in (CONFIG, PARAMS) or name.endswith(WEIGHT_SUFFIXES) for name in names):
+        if any(name.endswith(".gguf") for name in names):
+            raise UnsupportedError(f"{folder} holds a GGUF file", "export from the original checkpoint instead")
+        raise CheckpointError(f"{folder} holds neither a config nor weights", _SUPPORTED)
+
+
+def _eos_token_ids(source: Source) -> tuple[int, ...]:
+    generation = source.folder / "generation_config.json"
+    configs = [source.config]
+    if source.format != "bare" and generation.is_file():
+        configs.insert(0, read_json(generation))
+    for config in configs:
+        value = config.get("eos_token_id")
+        ids = value if isinstance(value, list) else [value]
+        if ids and all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            return tuple(ids)
+    return ()
