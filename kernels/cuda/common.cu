@@ -1,0 +1,31 @@
+#include "common.cuh"
+
+extern "C" const char* mamba_status_string(int status) {
+  switch (status) {
+    case MAMBA_OK: return "ok";
+    case MAMBA_ERROR_NULL_POINTER: return "a required buffer is NULL";
+    case MAMBA_ERROR_SHAPE: return "a dimension is out of range or two do not agree";
+    case MAMBA_ERROR_DTYPE: return "dtype not supported by this op";
+    case MAMBA_ERROR_WORKSPACE: return "workspace missing or too small";
+    case MAMBA_ERROR_TACTIC: return "no such tactic, or it does not cover this shape";
+    case MAMBA_ERROR_CUDA: return "a CUDA launch failed";
+    default: return "unknown status";
+  }
+}
+
+namespace mamba {
+
+int sm_count() {
+  // One entry per device; a race writes the same value twice.
+  static int cached[64] = {};
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 1;
+  if (cached[device] == 0) {
+    int count = 0;
+    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
+    cached[device] = count;
+  }
+  return cached[device];
+}
+
+}  // namespace mamba
