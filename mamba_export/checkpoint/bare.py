@@ -54,6 +54,8 @@ def spec_from_shapes(tensors: dict[str, LazyTensor], where: str, assumptions: li
         "tie_embeddings": not has(HEAD) or not has(EMBEDDING) or same_values(tensors[HEAD], tensors[EMBEDDING]),
         "d_intermediate": shapes.of(_FIRST + "mlp.fc2.weight", 2)[1] if has(_FIRST + "mlp.fc2.weight") else 0,
     }
+    if not has(HEAD):
+        assumptions.append("the head is tied to the embedding, for the file has no lm_head.weight")
     assumptions.append(f"norm epsilon 1e-5, residuals in float32 ({_KEPT})")
     if has(_FIRST + "mixer.x_proj.weight"):
         fields.update(_mamba1(shapes, fields["d_inner"], assumptions))

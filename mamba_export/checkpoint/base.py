@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mamba_export.checkpoint.storage import LazyTensor, Weights
 from mamba_export.errors import UsageError
 from mamba_export.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMATS = ("state-spaces", "huggingface", "codestral", "bare")
 
@@ -108,7 +111,7 @@ class Checkpoint:
         """Close the weight files. Loaded tensors stay valid; no other can be loaded."""
         self._weights.close()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -53,11 +53,11 @@ def spec_from_params(params: dict[str, Any], where: str) -> ModelSpec:
         UnsupportedError: another model type, or an unknown option.
     """
     options = Options(params, where)
-    kind = options.any("model_type", "mamba")
+    kind = options.value("model_type", "mamba")
     if kind != "mamba" or "n_heads" in params:
         raise UnsupportedError(f"{where}: model_type {kind!r} is not supported", "supported: mamba")
     for key in _REQUIRED:
-        options.int(key)
+        options.integer(key)
     config: dict[str, Any] = dict(_DEFAULTS)
     ssm_cfg: dict[str, Any] = {"layer": "Mamba2"}
     for key, value in params.items():

@@ -51,11 +51,11 @@ class Options:
     def _wrong(self, key: str, value: Any, expected: str) -> NoReturn:
         raise CheckpointError(f"{self.where}: '{key}' is {value!r}, expected {expected}")
 
-    def any(self, key: str, default: Any = None) -> Any:
+    def value(self, key: str, default: Any = None) -> Any:
         """The value as it is."""
         return self._get(key, default)
 
-    def int(self, key: str, default: Any = _MISSING) -> int:
+    def integer(self, key: str, default: Any = _MISSING) -> int:
         """A whole number; 4.0 counts, 4.5 and true do not."""
         value = self._get(key, default)
         if isinstance(value, float) and value.is_integer():
@@ -64,21 +64,21 @@ class Options:
             self._wrong(key, value, "a whole number")
         return value
 
-    def float(self, key: str, default: Any = _MISSING) -> float:
+    def number(self, key: str, default: Any = _MISSING) -> float:
         """A number."""
         value = as_float(self._get(key, default))
         if value is None:
             self._wrong(key, self.data.get(key), "a number")
         return value
 
-    def bool(self, key: str, default: Any = _MISSING) -> bool:
+    def flag(self, key: str, default: Any = _MISSING) -> bool:
         """true or false."""
         value = self._get(key, default)
         if not isinstance(value, bool):
             self._wrong(key, value, "true or false")
         return value
 
-    def range(self, key: str) -> tuple[float, float]:
+    def pair(self, key: str) -> tuple[float, float]:
         """A pair of numbers, by default 0 and infinity."""
         value = self._get(key, (0.0, math.inf))
         if isinstance(value, (list, tuple)) and len(value) == 2:
@@ -120,6 +120,6 @@ def make_spec(where: str, **fields: Any) -> ModelSpec:
 
 def scaled(where: str, expand: float, d_model: int) -> int:
     """``int(expand * d_model)``, or an error when that is no sensible number."""
-    if not math.isfinite(expand) or not 0 < expand * d_model < 1 << 40:
+    if not 0 < d_model < 1 << 40 or not 0 < expand * d_model < 1 << 40:
         raise CheckpointError(f"{where}: expand = {expand} with a width of {d_model} gives no sensible inner width")
     return int(expand * d_model)

@@ -10,7 +10,7 @@ from mamba_export.checkpoint import bare, codestral, huggingface, statespaces
 from mamba_export.checkpoint.base import FORMATS, Checkpoint
 from mamba_export.checkpoint.config import read_json
 from mamba_export.checkpoint.hub import download, looks_like_hub_id
-from mamba_export.checkpoint.layout import account, canonical
+from mamba_export.checkpoint.layout import account, canonical, common_prefix
 from mamba_export.checkpoint.storage import (
     WEIGHT_SUFFIXES,
     Weights,
@@ -22,6 +22,8 @@ from mamba_export.errors import CheckpointError, MambaExportError, UnsupportedEr
 
 CONFIG = "config.json"
 PARAMS = "params.json"
+_CONFIG_NAMES = {"state-spaces": CONFIG, "huggingface": CONFIG, "codestral": PARAMS, "bare": None}
+_CODESTRAL_KEYS = {"dim", "n_layers"}
 _WEIGHT_NAMES = {
     "codestral": ("consolidated.safetensors", "consolidated.safetensors.index.json"),
     "other": (
@@ -96,8 +98,12 @@ def _read(source: Source, weights: Weights) -> Checkpoint:
         found = huggingface.drop_weightless(canonical(weights, huggingface.rename))
     else:
         found = canonical(weights, huggingface.rename)
+        if not found:
+            raise CheckpointError(f"{weights.where} holds no tensors", _SUPPORTED)
         spec = bare.spec_from_shapes(found, weights.where, assumptions)
-    tensors = account(spec, found, weights.where, described_by)
+    prefix = common_prefix(weights.tensors)
+    spell = huggingface.spell if source.format == "huggingface" else str
+    tensors = account(spec, found, weights.where, described_by, lambda name: prefix + spell(name))
     tokenizer = source.folder / "tokenizer.json"
     return Checkpoint(
         path=source.path,
@@ -127,35 +133,41 @@ def detect(path: Path, format: str | None = None) -> Source:
         folder, file = path.parent, None
     elif _shard_of_index(file):
         file = None
-    found = format or _format(folder, file)
-    config_path = {"state-spaces": CONFIG, "huggingface": CONFIG, "codestral": PARAMS}.get(found)
-    if config_path is None:
-        return Source(path, folder, found, {}, None, file)
-    config_file = folder / config_path
-    if not config_file.is_file():
+    found = _format(folder, file) if format is None else (format, _CONFIG_NAMES[format])
+    return _source(path, folder, *found, file)
+
+
+def _source(path: Path, folder: Path, format: str, config_name: str | None, file: Path | None) -> Source:
+    if config_name is None:
+        return Source(path, folder, format, {}, None, file)
+    config_path = folder / config_name
+    if not config_path.is_file():
         raise CheckpointError(
-            f"{folder} has no {config_path}, which a {found} checkpoint needs", f"formats: {', '.join(FORMATS)}"
+            f"{folder} has no {config_name}, which a {format} checkpoint needs", f"formats: {', '.join(FORMATS)}"
         )
-    return Source(path, folder, found, read_json(config_file), config_file, file)
+    return Source(path, folder, format, read_json(config_path), config_path, file)
 
 
-def _format(folder: Path, file: Path | None) -> str:
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
-    params = (folder / PARAMS).is_file()
-    if params and (file.name in _WEIGHT_NAMES["codestral"] if file else _first(folder, "codestral")):
-        # Codestral's repository also holds the Hugging Face files; those win when they are complete.
-        if config is None or file is not None or not _first(folder, "other"):
-            return "codestral"
-    if config is not None:
-        if "hidden_size" in config or ("model_type" in config and not {"d_model", "n_layer"} <= set(config)):
-            return "huggingface"
-        if "d_model" in config or "ssm_cfg" in config or "n_layer" in config:
-            return "state-spaces"
-        if file is None:
-            raise UnsupportedError(f"{folder / CONFIG} is not the config of a model known here", _SUPPORTED)
-    if params and file is None:
-        return "codestral"
-    return "bare"
+def _format(folder: Path, file: Path | None) -> tuple[str, str | None]:
+    """The format, and the name of the config that says so."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    params = read_json(folder / PARAMS) if (folder / PARAMS).is_file() else {}
+    if _CODESTRAL_KEYS <= set(params):
+        consolidated = file.name in _WEIGHT_NAMES["codestral"] if file else bool(_first(folder, "codestral"))
+        # Codestral's repository holds the Hugging Face files as well; a folder with both is read as those.
+        if not config or (consolidated and (file or not _first(folder, "other"))):
+            return "codestral", PARAMS
+    if _CODESTRAL_KEYS <= set(config):
+        return "codestral", CONFIG
+    if "hidden_size" in config or ("model_type" in config and not {"d_model", "n_layer"} <= set(config)):
+        return "huggingface", CONFIG
+    if {"d_model", "n_layer", "ssm_cfg"} & set(config):
+        return "state-spaces", CONFIG
+    if file is None and (folder / CONFIG).is_file():
+        raise UnsupportedError(f"{folder / CONFIG} is not the config of a model known here", _SUPPORTED)
+    if file is None and (folder / PARAMS).is_file():
+        raise UnsupportedError(f"{folder / PARAMS} is not the config of a model known here", _SUPPORTED)
+    return "bare", None
 
 
 def _first(folder: Path, kind: str) -> Path | None:

@@ -11,6 +11,7 @@ from mamba_export.errors import CheckpointError, EnvironmentProblem, MissingExtr
 _HUB_ID = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".onnx", ".json", ".ckpt", ".gguf")
 _SMALL = ("config.json", "params.json", "generation_config.json", "tokenizer.json")
+_TIMEOUT = 10.0  # seconds to wait for the list of files
 _OFFLINE = "check the network, or give a folder on this machine"
 
 
@@ -38,38 +39,40 @@ def download(hub_id: str) -> Path:
     """
     try:
         import huggingface_hub
-        from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", "export", f"downloading {hub_id}") from error
     try:
-        names = huggingface_hub.HfApi().list_repo_files(hub_id)
-        wanted = wanted_files(names)
+        siblings = huggingface_hub.HfApi().model_info(hub_id, timeout=_TIMEOUT).siblings or []
+        wanted = wanted_files(file.rfilename for file in siblings)
         if not wanted:
-            raise CheckpointError(f"the hub repository {hub_id} holds no checkpoint")
+            raise CheckpointError(f"the hub repository {hub_id} holds no checkpoint", "look at its list of files")
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=wanted))
+    except CheckpointError:
+        raise
     except GatedRepoError as error:
         raise EnvironmentProblem(
-            f"the hub repository {hub_id} asks for permission", "accept its terms on the hub, then log in: hf auth login"
+            f"the hub repository {hub_id} asks for permission",
+            "accept its terms on the hub, then log in: hf auth login",
         ) from error
     except RepositoryNotFoundError as error:
         raise EnvironmentProblem(
             f"there is no folder '{hub_id}' here and no hub repository of that name", "check the spelling"
         ) from error
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = error if isinstance(error, HfHubHTTPError) else type(error).__name__
-        return _cached(hub_id, f"the hub cannot be reached for {hub_id} ({_first_line(reason)})", error)
+    except Exception as error:  # each version of the client raises its own kind
+        cached = _cached(hub_id)
+        if cached is not None:
+            return cached
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise EnvironmentProblem(
+            f"there is no folder '{hub_id}' here, and the hub cannot be reached: {reason}", _OFFLINE
+        ) from error
 
 
-def _cached(hub_id: str, message: str, cause: Exception) -> Path:
+def _cached(hub_id: str) -> Path | None:
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
-    except Exception:
-        raise EnvironmentProblem(f"no folder '{hub_id}' here, and {message}", _OFFLINE) from cause
-
-
-def _first_line(reason: object) -> str:
-    return (str(reason).strip().splitlines() or ["unknown reason"])[0][:160]
+    except (OSError, ValueError):
+        return None

@@ -5,7 +5,6 @@ What a config means is what transformers computes from it: defaults, ignored opt
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -23,12 +22,27 @@ _IGNORED = (
     *("use_associative_scan", "fused_add_norm", "pad_vocab_size_multiple", "d_model", "d_inner", "n_layer"),
     *("vocab_size", "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "name_or_path"),
-    *("return_dict", "output_hidden_states", "output_attentions", "use_bfloat16", "torchscript", "task_specific_params"),
+    *(
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "use_bfloat16",
+        "torchscript",
+        "task_specific_params",
+    ),
     *("problem_type", "id2label", "label2id", "num_labels", "finetuning_task", "prefix", "tokenizer_class"),
     *("chunk_size_feed_forward", "is_decoder", "is_encoder_decoder", "add_cross_attention", "max_position_embeddings"),
     *("cross_attention_hidden_size", "tie_encoder_decoder", "pruned_heads", "tf_legacy_loss", "use_return_dict"),
     *("min_length", "max_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "temperature"),
-    *("top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "model_max_length"),
+    *(
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "model_max_length",
+    ),
     *("encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "diversity_penalty"),
     *("return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values"),
     *("exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "layer_types", "attn_cfg"),
@@ -58,6 +72,11 @@ def rename(name: str) -> str:
     return name
 
 
+def spell(name: str) -> str:
+    """The canonical name as transformers writes it."""
+    return name.replace("backbone.embedding.", "backbone.embeddings.", 1)
+
+
 def spec_from_config(config: dict[str, Any], where: str, assumptions: list[str] | None = None) -> ModelSpec:
     """The model that a Hugging Face config describes.
 
@@ -72,32 +91,30 @@ def spec_from_config(config: dict[str, Any], where: str, assumptions: list[str] 
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        raise UnsupportedError(
-            f"{where}: model_type {kind!r} is not supported", f"supported: {', '.join(MODEL_TYPES)}"
-        )
+        raise UnsupportedError(f"{where}: model_type {kind!r} is not supported", f"supported: {', '.join(MODEL_TYPES)}")
     _refuse_foreign(config, where)
     options = Options(config, where)
-    act = options.any("hidden_act", "silu")
+    act = options.value("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise UnsupportedError(f"{where}: hidden_act {act!r} is not supported", "supported: silu, swish")
-    d_model = options.int("hidden_size", 4096 if kind == "mamba2" else 768)
-    vocab_size = options.int("vocab_size", 32768 if kind == "mamba2" else 50280)
+    d_model = options.integer("hidden_size", 4096 if kind == "mamba2" else 768)
+    vocab_size = options.integer("vocab_size", 32768 if kind == "mamba2" else 50280)
     fields: dict[str, Any] = {
         "d_model": d_model,
-        "n_layer": options.int("num_hidden_layers", 64 if kind == "mamba2" else 32),
+        "n_layer": options.integer("num_hidden_layers", 64 if kind == "mamba2" else 32),
         "vocab_size": vocab_size,
         "padded_vocab_size": vocab_size,
-        "d_conv": options.int("conv_kernel", 4),
+        "d_conv": options.integer("conv_kernel", 4),
         "norm": "rms",
-        "norm_eps": options.float("layer_norm_epsilon", 1e-5),
-        "residual_in_fp32": options.bool("residual_in_fp32", True),
-        "proj_bias": options.bool("use_bias", False),
-        "conv_bias": options.bool("use_conv_bias", True),
-        "tie_embeddings": options.bool("tie_word_embeddings", kind != "mamba2"),
+        "norm_eps": options.number("layer_norm_epsilon", 1e-5),
+        "residual_in_fp32": options.flag("residual_in_fp32", True),
+        "proj_bias": options.flag("use_bias", False),
+        "conv_bias": options.flag("use_conv_bias", True),
+        "tie_embeddings": options.flag("tie_word_embeddings", kind != "mamba2"),
     }
     fields.update(_mamba2(options, d_model) if kind == "mamba2" else _mamba1(options, d_model))
     if kind == "falcon_mamba":
-        fields["bcdt_norm_eps"] = options.float("mixer_rms_eps", 1e-6)
+        fields["bcdt_norm_eps"] = options.number("mixer_rms_eps", 1e-6)
     options.ignore([*_IGNORED, *_FOREIGN])
     if assumptions is not None:
         assumptions.extend(
@@ -107,25 +124,24 @@ def spec_from_config(config: dict[str, Any], where: str, assumptions: list[str] 
 
 
 def _mamba1(options: Options, d_model: int) -> dict[str, Any]:
-    expand = options.float("expand", 2)
+    expand = options.number("expand", 2)
     # A stored intermediate_size wins over expand in transformers; Falcon-Mamba 7B relies on it.
-    d_inner = options.int("intermediate_size", None) if options.data.get("intermediate_size") is not None else None
-    if d_inner is None:
-        d_inner = scaled(options.where, expand, d_model)
-    auto = options.any("time_step_rank", "auto") == "auto"
+    stored = options.value("intermediate_size")
+    d_inner = scaled(options.where, expand, d_model) if stored is None else options.integer("intermediate_size")
+    auto = options.value("time_step_rank", "auto") == "auto"
     return {
         "family": "mamba1",
         "d_inner": d_inner,
         "d_ssm": d_inner,
-        "d_state": options.int("state_size", 16),
-        "dt_rank": math.ceil(d_model / 16) if auto else options.int("time_step_rank"),
+        "d_state": options.integer("state_size", 16),
+        "dt_rank": -(-d_model // 16) if auto else options.integer("time_step_rank"),
     }
 
 
 def _mamba2(options: Options, d_model: int) -> dict[str, Any]:
     where = options.where
-    d_inner = scaled(where, options.float("expand", 2), d_model)
-    groups = options.int("n_groups", 8)
+    d_inner = scaled(where, options.number("expand", 2), d_model)
+    groups = options.integer("n_groups", 8)
     if groups < 1 or d_inner % groups:
         raise CheckpointError(f"{where}: the inner width {d_inner} is not a multiple of n_groups = {groups}")
     options.ignore(["time_step_rank", "intermediate_size"])
@@ -133,16 +149,16 @@ def _mamba2(options: Options, d_model: int) -> dict[str, Any]:
         "family": "mamba2",
         "d_inner": d_inner,
         "d_ssm": d_inner,
-        "d_state": options.int("state_size", 128),
-        "nheads": options.int("num_heads", 128),
-        "headdim": options.int("head_dim", 64),
+        "d_state": options.integer("state_size", 128),
+        "nheads": options.integer("num_heads", 128),
+        "headdim": options.integer("head_dim", 64),
         "ngroups": groups,
-        "chunk_size": options.int("chunk_size", 256),
+        "chunk_size": options.integer("chunk_size", 256),
         "gated_norm": True,
         "norm_before_gate": False,
         "gated_norm_group_size": d_inner // groups,
-        "gated_norm_eps": options.float("layer_norm_epsilon", 1e-5),
-        "dt_limit": options.range("time_step_limit"),
+        "gated_norm_eps": options.number("layer_norm_epsilon", 1e-5),
+        "dt_limit": options.pair("time_step_limit"),
     }
 
 

@@ -94,7 +94,13 @@ def canonical(weights: Weights, rename: Callable[[str], str] = str) -> dict[str,
     return result
 
 
-def account(spec: ModelSpec, found: dict[str, LazyTensor], where: str, described_by: str) -> dict[str, LazyTensor]:
+def account(
+    spec: ModelSpec,
+    found: dict[str, LazyTensor],
+    where: str,
+    described_by: str,
+    spell: Callable[[str], str] = str,
+) -> dict[str, LazyTensor]:
     """The tensors of the model in model order, each checked against :func:`expected_tensors`.
 
     Args:
@@ -102,6 +108,7 @@ def account(spec: ModelSpec, found: dict[str, LazyTensor], where: str, described
         found: canonical names to tensors, as read.
         where: the weight file or index, for messages.
         described_by: where the spec comes from, for messages.
+        spell: turns a canonical name into the name the file would use, for messages.
 
     Raises:
         CheckpointError: a tensor is missing, left over or misshapen, or a tied head differs from the embedding.
@@ -117,14 +124,16 @@ def account(spec: ModelSpec, found: dict[str, LazyTensor], where: str, described
             missing = [other for other in expected if other not in found]
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
-                f"tensor '{name}' {list(shape)} is missing from {where}{more}",
+                f"tensor '{spell(name)}' {list(shape)} is missing from {where}{more}",
                 _missing_hint(name, described_by),
             )
         if tensor.shape != shape:
             raise CheckpointError(
                 f"tensor '{tensor.source_name}' in {tensor.file.name} has shape {list(tensor.shape)}, "
                 f"expected {list(shape)} by {described_by}",
-                f"the weights and {described_by} do not belong together",
+                "the tensors of the file contradict each other"
+                if described_by == where
+                else f"the weights and {described_by} do not belong together",
             )
         if tensor.dtype not in WEIGHT_DTYPES:
             raise UnsupportedError(
@@ -145,7 +154,7 @@ def account(spec: ModelSpec, found: dict[str, LazyTensor], where: str, described
 def _missing_hint(name: str, described_by: str) -> str:
     if name == HEAD:
         return "this is a model without a language-model head and without tied embeddings"
-    return f"the file is incomplete or {described_by} describes another model"
+    return f"the checkpoint is incomplete, or {described_by} describes another model"
 
 
 def _untwin(found: dict[str, LazyTensor]) -> dict[str, LazyTensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ DTYPES = {
     "C64": "complex64",
 }
 _MAX_HEADER = 100_000_000
+_MAP_FROM = 1 << 20  # smaller tensors are read, not mapped
 _AGAIN = "copy or download the file again"
 
 
@@ -121,48 +123,55 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...
 
 
 class SafetensorsFile:
-    """A memory-mapped safetensors file."""
+    """A safetensors file. Each large tensor is mapped on its own, so that its pages go when it goes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: mmap.mmap | None = None
+        self._closed = False
         entries, self._size = read_header(path)
-        self.tensors = {
-            name: LazyTensor(name, name, shape, dtype, path, self._loader(dtype, shape, offset), (str(path), offset))
-            for name, (dtype, shape, offset) in entries.items()
-        }
+        self.tensors = {name: self._lazy(name, *entry) for name, entry in entries.items()}
 
-    def _loader(self, dtype: str, shape: tuple[int, ...], offset: int) -> Any:
-        def load() -> torch.Tensor:
-            return self._read(dtype, shape, offset)
-
-        return load
+    def _lazy(self, name: str, dtype: str, shape: tuple[int, ...], offset: int) -> LazyTensor:
+        place = (str(self.path), offset)
+        return LazyTensor(name, name, shape, dtype, self.path, lambda: self._read(dtype, shape, offset), place)
 
     def _read(self, dtype: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
         try:
             import torch
         except ImportError as error:
             raise MissingExtraError("torch", "export", "reading a checkpoint") from error
+        if self._closed:
+            raise ValueError(f"{self.path} is closed")
         kind: torch.dtype = getattr(torch, dtype)
         count = math.prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=kind)
-        if self._map is None:
+        buffer, start = self._bytes(offset, count * ITEM_SIZES[dtype])
+        return torch.frombuffer(buffer, dtype=kind, count=count, offset=start).reshape(shape)
+
+    def _bytes(self, offset: int, length: int) -> tuple[mmap.mmap | bytearray, int]:
+        """A private, writable view of a part of the file, and where in it the part starts."""
+        try:
             with self.path.open("rb") as file:
-                # A private mapping: what a caller writes never reaches the file.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            if len(self._map) != self._size:
-                raise CheckpointError(f"{self.path} changed while it was read")
-        if offset % ITEM_SIZES[dtype]:
-            end = offset + count * ITEM_SIZES[dtype]
-            return torch.frombuffer(bytearray(self._map[offset:end]), dtype=kind, count=count).reshape(shape)
-        return torch.frombuffer(self._map, dtype=kind, count=count, offset=offset).reshape(shape)
+                if os.fstat(file.fileno()).st_size != self._size:
+                    raise CheckpointError(f"{self.path} changed while it was read", _AGAIN)
+                if length >= _MAP_FROM and offset % 8 == 0:
+                    start = offset % mmap.ALLOCATIONGRANULARITY
+                    try:
+                        mapped = mmap.mmap(
+                            file.fileno(), start + length, access=mmap.ACCESS_COPY, offset=offset - start
+                        )
+                        return mapped, start
+                    except OSError:
+                        pass  # too many open files or mappings: read it instead
+                file.seek(offset)
+                part = bytearray(file.read(length))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
+        if len(part) != length:
+            raise CheckpointError(f"{self.path} changed while it was read", _AGAIN)
+        return part, 0
 
     def close(self) -> None:
-        """Unmap the file, or leave that to the last tensor that still uses it."""
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            try:
-                mapped.close()
-            except BufferError:
-                pass
+        """Refuse further reads. The file is only open while a tensor is read."""
+        self._closed = True

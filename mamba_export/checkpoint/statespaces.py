@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from mamba_export.checkpoint.config import Options, make_spec, scaled
@@ -39,17 +38,17 @@ def spec_from_config(config: dict[str, Any], where: str) -> ModelSpec:
         UnsupportedError: an option that this version does not export.
     """
     options = Options(config, where)
-    layers = options.any("attn_layer_idx", [])
+    layers = options.value("attn_layer_idx", [])
     if layers:
         raise UnsupportedError(
             f"{where}: attn_layer_idx = {layers}: layers of attention are not supported",
             "supported: models whose layers are all Mamba-1 or all Mamba-2",
         )
-    d_model, n_layer = options.int("d_model", 2560), options.int("n_layer", 64)
-    vocab_size, multiple = options.int("vocab_size", 50277), options.int("pad_vocab_size_multiple", 8)
+    d_model, n_layer = options.integer("d_model", 2560), options.integer("n_layer", 64)
+    vocab_size, multiple = options.integer("vocab_size", 50277), options.integer("pad_vocab_size_multiple", 8)
     if multiple < 1:
         raise CheckpointError(f"{where}: pad_vocab_size_multiple = {multiple} must be at least 1")
-    ssm_cfg = options.any("ssm_cfg", {})
+    ssm_cfg = options.value("ssm_cfg", {})
     if not isinstance(ssm_cfg, dict):
         raise CheckpointError(f"{where}: 'ssm_cfg' is {ssm_cfg!r}, expected an object")
     common: dict[str, Any] = {
@@ -57,22 +56,24 @@ def spec_from_config(config: dict[str, Any], where: str) -> ModelSpec:
         "n_layer": n_layer,
         "vocab_size": vocab_size,
         "padded_vocab_size": pad_to(vocab_size, multiple),
-        "norm": "rms" if options.bool("rms_norm", True) else "layer",
+        "norm": "rms" if options.flag("rms_norm", True) else "layer",
         "norm_eps": _NORM_EPS,
-        "residual_in_fp32": options.bool("residual_in_fp32", True),
-        "tie_embeddings": options.bool("tie_embeddings", True),
-        "d_intermediate": pad_to(options.int("d_intermediate", 0), _MLP_MULTIPLE),
+        "residual_in_fp32": options.flag("residual_in_fp32", True),
+        "tie_embeddings": options.flag("tie_embeddings", True),
+        "d_intermediate": pad_to(options.integer("d_intermediate", 0), _MLP_MULTIPLE),
     }
     options.ignore(_BOOKKEEPING)
     for key in options.rest():
-        raise UnsupportedError(f"{where}: unknown option '{key}' = {config[key]!r}", "supported: mamba_ssm's MambaConfig")
+        raise UnsupportedError(
+            f"{where}: unknown option '{key}' = {config[key]!r}", "supported: mamba_ssm's MambaConfig"
+        )
     return make_spec(where, **common, **mixer_fields(ssm_cfg, d_model, where))
 
 
 def mixer_fields(ssm_cfg: dict[str, Any], d_model: int, where: str) -> dict[str, Any]:
     """The spec's fields that ``ssm_cfg`` decides, with the defaults of mamba_ssm's modules."""
     options = Options(ssm_cfg, f"{where}: ssm_cfg")
-    layer = options.any("layer", "Mamba1")
+    layer = options.value("layer", "Mamba1")
     if layer == "Mamba1":
         fields = _mamba1(options, d_model)
     elif layer == "Mamba2":
@@ -88,17 +89,17 @@ def mixer_fields(ssm_cfg: dict[str, Any], d_model: int, where: str) -> dict[str,
 
 
 def _mamba1(options: Options, d_model: int) -> dict[str, Any]:
-    d_inner = scaled(options.where, options.float("expand", 2), d_model)
-    auto = options.any("dt_rank", "auto") == "auto"
+    d_inner = scaled(options.where, options.number("expand", 2), d_model)
+    auto = options.value("dt_rank", "auto") == "auto"
     fields = {
         "family": "mamba1",
         "d_inner": d_inner,
         "d_ssm": d_inner,
-        "d_state": options.int("d_state", 16),
-        "d_conv": options.int("d_conv", 4),
-        "dt_rank": math.ceil(d_model / 16) if auto else options.int("dt_rank"),
-        "proj_bias": options.bool("bias", False),
-        "conv_bias": options.bool("conv_bias", True),
+        "d_state": options.integer("d_state", 16),
+        "d_conv": options.integer("d_conv", 4),
+        "dt_rank": -(-d_model // 16) if auto else options.integer("dt_rank"),
+        "proj_bias": options.flag("bias", False),
+        "conv_bias": options.flag("conv_bias", True),
     }
     options.ignore(_INIT_1)
     return fields
@@ -107,35 +108,39 @@ def _mamba1(options: Options, d_model: int) -> dict[str, Any]:
 def _mamba2(options: Options, d_model: int) -> dict[str, Any]:
     where = options.where
     for key, harmless in (("process_group", None), ("learnable_init_states", False)):
-        if options.any(key) not in (None, harmless):
+        if options.value(key) not in (None, harmless):
             raise UnsupportedError(f"{where}.{key} = {options.data[key]!r} is not supported", "supported: none")
-    if options.any("activation", "silu") not in ("silu", "swish"):
+    if options.value("activation", "silu") not in ("silu", "swish"):
         raise UnsupportedError(f"{where}.activation = {options.data['activation']!r}", "supported: silu, swish")
-    expand = options.float("expand", 2)
+    expand = options.number("expand", 2)
     d_inner = scaled(where, expand, d_model)
     if d_inner != expand * d_model:
         raise CheckpointError(f"{where}: expand * d_model = {expand * d_model} is not a whole number")
-    d_ssm, headdim, ngroups = options.int("d_ssm", d_inner), options.int("headdim", 64), options.int("ngroups", 1)
+    d_ssm, headdim, ngroups = (
+        options.integer("d_ssm", d_inner),
+        options.integer("headdim", 64),
+        options.integer("ngroups", 1),
+    )
     if headdim < 1 or ngroups < 1 or d_ssm % headdim or d_ssm % ngroups:
         raise CheckpointError(f"{where}: d_ssm = {d_ssm} is not a multiple of headdim = {headdim}, ngroups = {ngroups}")
     fields = {
         "family": "mamba2",
         "d_inner": d_inner,
         "d_ssm": d_ssm,
-        "d_state": options.int("d_state", 128),
-        "d_conv": options.int("d_conv", 4),
+        "d_state": options.integer("d_state", 128),
+        "d_conv": options.integer("d_conv", 4),
         "headdim": headdim,
         "nheads": d_ssm // headdim,
         "ngroups": ngroups,
-        "chunk_size": options.int("chunk_size", 256),
-        "proj_bias": options.bool("bias", False),
-        "conv_bias": options.bool("conv_bias", True),
-        "gated_norm": options.bool("rmsnorm", True),
-        "norm_before_gate": options.bool("norm_before_gate", False),
+        "chunk_size": options.integer("chunk_size", 256),
+        "proj_bias": options.flag("bias", False),
+        "conv_bias": options.flag("conv_bias", True),
+        "gated_norm": options.flag("rmsnorm", True),
+        "norm_before_gate": options.flag("norm_before_gate", False),
         "gated_norm_group_size": d_ssm // ngroups,
         "gated_norm_eps": _GATED_NORM_EPS,
-        "D_has_hdim": options.bool("D_has_hdim", False),
-        "dt_limit": options.range("dt_limit"),
+        "D_has_hdim": options.flag("D_has_hdim", False),
+        "dt_limit": options.pair("dt_limit"),
     }
     options.ignore(_INIT_2)
     return fields

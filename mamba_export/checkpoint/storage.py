@@ -38,6 +38,7 @@ ITEM_SIZES = {
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
+_CHECKED_AT_ONCE = 1 << 22
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$")
 
 
@@ -70,9 +71,27 @@ class LazyTensor:
     def load(self) -> torch.Tensor:
         """The values as a contiguous CPU tensor, memory-mapped where the format allows.
 
-        The caller may write to it: the file never changes.
+        Do not write into it: the file would not change, but the next :meth:`load` might.
         """
         return self._load()
+
+    def load_finite(self) -> torch.Tensor:
+        """The same as :meth:`load`, with every value checked.
+
+        Raises:
+            CheckpointError: when one is NaN or infinite.
+        """
+        values = self._load()
+        flat = values.reshape(-1)
+        for start in range(0, self.numel, _CHECKED_AT_ONCE):
+            part = flat[start : start + _CHECKED_AT_ONCE]
+            if not bool(part.isfinite().all()):
+                kind = "NaN" if bool(part.isnan().any()) else "infinite"
+                raise CheckpointError(
+                    f"tensor '{self.source_name}' in {self.file.name} holds {kind} values",
+                    "the training run has diverged or the file is damaged",
+                )
+        return values
 
     def renamed(self, name: str) -> LazyTensor:
         """The same tensor under another canonical name."""
@@ -110,12 +129,6 @@ class Weights:
         for file in self._files:
             file.close()
 
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
 
 def open_weight_file(path: Path) -> WeightFile:
     """Open a safetensors or a torch file; which one it is, the first bytes say.
@@ -127,6 +140,8 @@ def open_weight_file(path: Path) -> WeightFile:
     from mamba_export.checkpoint.safetensors_file import SafetensorsFile
     from mamba_export.checkpoint.torch_file import TorchFile
 
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file", "give a folder, a weight file or a hub id (org/name)")
     try:
         with path.open("rb") as file:
             head = file.read(16)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import re
 import warnings
+import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mamba_export.checkpoint.storage import LazyTensor
-from mamba_export.errors import CheckpointError, MissingExtraError
+from mamba_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
 
+_HARMLESS = re.compile(r"^(torch\.\w+|torch\._utils\._rebuild_\w+|torch\.storage\.\w+|collections\.OrderedDict)$")
 # Keys under which training scripts put the state dict.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-
-_GLOBAL = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class|Unsupported operand)\s+(\S+)")
 
 
 class TorchFile:
@@ -25,40 +27,110 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        loaded = _load_weights_only(path)
-        self.tensors = {name: _lazy(name, value, path) for name, value in _state_dict(loaded, path).items()}
+        self._values = _state_dict(_load_weights_only(path), path)
+        self.tensors = {name: self._lazy(name, value) for name, value in self._values.items()}
+
+    def _lazy(self, name: str, value: torch.Tensor) -> LazyTensor:
+        import torch
+
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise UnsupportedError(
+                f"{self.path}: tensor '{name}' is sparse, quantized or without values", "supported: dense tensors"
+            )
+        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.stride())
+        dtype = str(value.dtype).removeprefix("torch.")
+        return LazyTensor(name, name, tuple(value.shape), dtype, self.path, lambda: self._read(name), place)
+
+    def _read(self, name: str) -> torch.Tensor:
+        if name not in self._values:
+            raise ValueError(f"{self.path} is closed")
+        return self._values[name].detach().contiguous()
 
     def close(self) -> None:
         """Drop the tensors; torch unmaps the file with the last of them."""
-        self.tensors = {}
+        self._values = {}
 
 
 def _load_weights_only(path: Path) -> Any:
+    zipped = _check_container(path)
     try:
         import torch
     except ImportError as error:
         raise MissingExtraError("torch", "export", "reading a checkpoint") from error
-    with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        text = str(error)
-        found = _GLOBAL.search(text)
-        if found or "GLOBAL" in text or "weights_only" in text.lower() and "unsupported" in text.lower():
-            what = f": it refers to '{found[1]}'" if found else ""
-            raise CheckpointError(
-                f"{path} would run code when loaded{what}; nothing of it was run",
-                "save only the tensors: torch.save(model.state_dict(), path), or safetensors",
-            ) from error
-        raise CheckpointError(f"{path} is not a torch file, or it is damaged", _hint(path)) from error
     except MemoryError as error:
         raise CheckpointError(f"{path} asks for more memory than there is; it is damaged", _hint(path)) from error
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        called = _foreign_global(path, zipped) if isinstance(error, pickle.UnpicklingError) else None
+        if called:
+            raise CheckpointError(
+                f"{path} would run code when loaded (it calls '{called}'); nothing of it was run",
+                "save only the tensors: torch.save(model.state_dict(), path), or safetensors",
+            ) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:160]
         raise CheckpointError(f"{path} is truncated or damaged: {reason}", _hint(path)) from error
+
+
+def _check_container(path: Path) -> bool:
+    """True for torch's zip format, False for the older pickles; anything else is an error that says what it is."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head == b"PK\x03\x04":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = [name.partition("/")[2] for name in archive.namelist()]
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise CheckpointError(
+                f"{path} is truncated or damaged: its list of contents is gone", _hint(path)
+            ) from error
+        if "data.pkl" not in names:
+            raise CheckpointError(f"{path} is a zip file, but not one of torch", "give a file written by torch.save")
+        if "constants.pkl" in names:
+            raise UnsupportedError(
+                f"{path} is a TorchScript archive", "save model.state_dict() with torch.save instead"
+            )
+        return True
+    if len(head) < 2 or head[0] != 0x80 or head[1] > 5:
+        raise CheckpointError(
+            f"{path} is not a torch file (its first bytes are {head!r})", "give a .pt, .bin or .safetensors file"
+        )
+    return False
+
+
+def _foreign_global(path: Path, zipped: bool) -> str | None:
+    """The first name in the pickle that no state dict refers to, found by reading its opcodes, not by running them."""
+    try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                return _foreign_opcode(io.BytesIO(archive.read(name)))
+        with path.open("rb") as file:
+            for _ in range(4):  # magic number, protocol, system, object
+                found = _foreign_opcode(file)
+                if found:
+                    return found
+    except Exception as error:  # a damaged stream of opcodes; the caller reports the damage
+        raise CheckpointError(f"{path} is truncated or damaged", _hint(path)) from error
+    return None
+
+
+def _foreign_opcode(stream: IO[bytes]) -> str | None:
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "GLOBAL":
+            found = str(argument).replace(" ", ".")
+        elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
+            found = ".".join(strings[-2:])
+        else:
+            if isinstance(argument, str):
+                strings.append(argument)
+            continue
+        if not _HARMLESS.match(found):
+            return found
+    return None
 
 
 def _hint(path: Path) -> str:
@@ -68,10 +140,10 @@ def _hint(path: Path) -> str:
 def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     import torch
 
-    if isinstance(loaded, dict) and not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-        for wrapper in WRAPPERS:
-            if isinstance(loaded.get(wrapper), dict):
-                return _state_dict(loaded[wrapper], path)
+    for wrapper in WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+            break
     if not isinstance(loaded, dict) or not loaded:
         kind = "an empty table" if isinstance(loaded, dict) else f"a {type(loaded).__name__}"
         raise CheckpointError(
@@ -85,14 +157,3 @@ def _state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
                 f"expected a state dict: names and tensors, possibly under one of: {', '.join(WRAPPERS)}",
             )
     return dict(loaded)
-
-
-def _lazy(name: str, value: torch.Tensor, path: Path) -> LazyTensor:
-    import torch
-
-    if value.layout != torch.strided or value.is_quantized:
-        raise CheckpointError(f"{path}: tensor '{name}' is sparse or quantized; dense tensors are supported")
-    tensor = value.detach()
-    key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    return LazyTensor(name, name, tuple(tensor.shape), dtype, path, tensor.contiguous, key)
