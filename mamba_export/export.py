@@ -1,0 +1,193 @@
+"""The main job: a trained checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mamba_export.bundle import (
+    CONFIG,
+    PREFILL,
+    STEP,
+    TOKENIZER,
+    WEIGHTS,
+    Bundle,
+    Manifest,
+    check_output,
+    state_rows,
+    write_bundle,
+)
+from mamba_export.checkpoint import Checkpoint, open_checkpoint
+from mamba_export.errors import UsageError
+from mamba_export.extras import require
+from mamba_export.progress import Progress, silent
+from mamba_export.targets import get_target
+from mamba_export.tokens import check_tokenizer
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from mamba_export.verify.report import VerificationReport
+
+DTYPES = ("fp32", "fp16", "bf16")
+
+
+@dataclass
+class ExportResult:
+    """What :func:`export_onnx` made.
+
+    Attributes:
+        bundle: the finished bundle.
+        verification: the report, or None when verification was not asked for.
+        checkpoint: facts of the source: format, parameters, sha256, assumptions.
+    """
+
+    bundle: Bundle
+    verification: VerificationReport | None
+    checkpoint: dict[str, Any]
+
+
+def export_onnx(
+    ckpt: str | Path,
+    out: str | Path,
+    *,
+    target: str = "tensorrt",
+    dtype: str = "fp32",
+    logits: Literal["last", "all"] = "last",
+    ragged: bool = False,
+    verify: bool = True,
+    force: bool = False,
+    format: str | None = None,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Export a checkpoint to a bundle of two ONNX graphs, prefill and step, over one weights file.
+
+    Args:
+        ckpt: folder, file or hub id; see :func:`mamba_export.checkpoint.open_checkpoint`.
+        out: folder of the bundle; it appears only when complete.
+        target: one of :data:`mamba_export.targets.TARGETS`.
+        dtype: of weights and activations. A, Δ, the scan and its state stay float32.
+        logits: of the prefill graph: of the last valid position or of all.
+        ragged: the prefill graph takes ``seq_lens`` for right-padded batches.
+        verify: compare the bundle with the torch model before it is handed over.
+        force: replace an existing bundle.
+        format: of the checkpoint, when detection is not wanted.
+        progress: gets told what is being done.
+
+    Raises:
+        UsageError: an argument or path is wrong.
+        CheckpointError: the checkpoint is damaged or not supported.
+        VerificationError: the graphs do not compute what the checkpoint computes; nothing is left at ``out``.
+        EnvironmentProblem: a package or disk space is missing.
+    """
+    require("torch", "onnx", "onnx_ir", "onnxscript", extra="export", purpose="export")
+    if dtype not in DTYPES:
+        raise UsageError(f"no dtype named '{dtype}'", f"one of: {', '.join(DTYPES)}")
+    if logits not in ("last", "all"):
+        raise UsageError(f"logits can't be '{logits}'", "one of: last, all")
+    get_target(target)
+    check_output(out, force)
+    with open_checkpoint(ckpt, format) as checkpoint:
+        if checkpoint.tokenizer is not None:
+            check_tokenizer(checkpoint.tokenizer, checkpoint.spec.padded_vocab_size)
+        graphs = _make_graphs(checkpoint, target, dtype, logits, ragged, progress)
+        return _write(checkpoint, graphs, Path(out), verify, force, progress)
+
+
+def _make_graphs(
+    checkpoint: Checkpoint, target: str, dtype: str, logits: Literal["last", "all"], ragged: bool, progress: Progress
+) -> _Graphs:
+    from mamba_export.graph.external import place_weights
+    from mamba_export.graph.lower import lower
+    from mamba_export.graph.trace import OPSET, TraceOptions, trace
+
+    options = TraceOptions(dtype, logits, ragged)
+    models = {}
+    for kind in ("prefill", "step"):
+        with progress.stage(f"trace {kind}"):
+            model = trace(checkpoint.spec, kind, options)  # type: ignore[arg-type]
+            models[kind] = lower(model, checkpoint.spec, dtype, get_target(target))
+    manifest = Manifest(
+        spec=checkpoint.spec.to_dict(),
+        target=target,
+        dtype=dtype,
+        logits=logits,
+        ragged=ragged,
+        opset=OPSET,
+        nodes={kind: _count(model) for kind, model in models.items()},
+        checkpoint={},
+        tools=_tools(),
+        eos_token_ids=list(checkpoint.eos_token_ids),
+        states=state_rows(checkpoint.spec, dtype, get_target(target)),
+        requires=get_target(target).requires,
+    )
+    return _Graphs(models["prefill"], models["step"], place_weights(list(models.values())), manifest)
+
+
+@dataclass
+class _Graphs:
+    prefill: ir.Model
+    step: ir.Model
+    placements: dict[str, Any]
+    manifest: Manifest
+
+
+def _write(
+    checkpoint: Checkpoint, graphs: _Graphs, out: Path, verify: bool, force: bool, progress: Progress
+) -> ExportResult:
+    from mamba_export.graph.external import save_graph, write_weights
+
+    size = max((p.offset + p.nbytes for p in graphs.placements.values()), default=0)
+    report = None
+    with write_bundle(out, force, needed=size + (16 << 20)) as writer:
+        with progress.stage("write weights", total=size) as tick, (writer.path / WEIGHTS).open("wb") as file:
+            write_weights(checkpoint, graphs.prefill, graphs.placements, file, tick)
+        save_graph(graphs.prefill, writer.path / PREFILL)
+        save_graph(graphs.step, writer.path / STEP)
+        config = checkpoint.config or checkpoint.spec.to_dict()
+        (writer.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if checkpoint.tokenizer is not None:
+            shutil.copyfile(checkpoint.tokenizer, writer.path / TOKENIZER)
+        with progress.stage("checksum", total=sum(p.stat().st_size for p in checkpoint.files)) as tick:
+            graphs.manifest.checkpoint = _source(checkpoint, checkpoint.sha256(tick))
+        writer.finish(graphs.manifest)
+        if verify:
+            from mamba_export.verify import verify_bundle
+
+            bundle = Bundle(writer.path, check=False)
+            report = verify_bundle(bundle, checkpoint, progress=progress)
+            report.raise_if_failed()
+            bundle.save_verification(report.to_dict())
+    return ExportResult(Bundle(out, check=False), report, graphs.manifest.checkpoint)
+
+
+def _source(checkpoint: Checkpoint, sha256: str) -> dict[str, Any]:
+    return {
+        "name": checkpoint.path.resolve().name,
+        "format": checkpoint.format,
+        "dtype": checkpoint.dtype,
+        "parameters": checkpoint.n_parameters,
+        "sha256": sha256,
+        "assumptions": checkpoint.assumptions,
+    }
+
+
+def _count(model: ir.Model) -> dict[str, int]:
+    return dict(sorted(Counter(node.op_type for node in model.graph).items()))
+
+
+def _tools() -> dict[str, str]:
+    names = ("mamba-export", "torch", "onnx", "onnxscript", "onnx-ir")
+    tools = {"python": platform.python_version()}
+    for name in names:
+        try:
+            tools[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            tools[name] = "from a checkout"
+    return tools

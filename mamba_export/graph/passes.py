@@ -1,0 +1,165 @@
+"""Passes over a traced graph. Each is small, in place, and says what it requires."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript.optimizer
+
+
+def replace_node(node: ir.Node, new_nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
+    """Put ``new_nodes`` where ``node`` is and let ``outputs`` take over names, types and uses of its outputs."""
+    graph = node.graph
+    assert graph is not None
+    graph.insert_before(node, new_nodes)
+    for old, new in zip(node.outputs, outputs, strict=True):
+        new.name, new.type, new.shape = old.name, new.type or old.type, new.shape or old.shape
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+def constant_value(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]
+    """The array behind a Constant node's output, else None."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Constant" or "value" not in node.attributes:
+        return None
+    return node.attributes["value"].as_tensor().numpy()
+
+
+class NameDimsPass(ir.passes.InPlacePass):
+    """Give the symbolic dims of the inputs stable names: axis 0 and 1 of the first input are batch and sequence.
+
+    Requires: symbols are named by the tracer, consistently over the graph.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        first = model.graph.inputs[0].shape
+        assert first is not None
+        renamed = {d.value: name for d, name in zip(first, self.names, strict=False) if isinstance(d, ir.SymbolicDim)}
+        for value in _values(model):
+            if value.shape is not None:
+                dims = [self._rename(d, renamed) for d in value.shape]
+                value.shape = ir.Shape(dims)
+        return ir.passes.PassResult(model, modified=True)
+
+    @staticmethod
+    def _rename(dim: int | ir.SymbolicDim, renamed: dict[str | None, str]) -> int | ir.SymbolicDim:
+        if isinstance(dim, ir.SymbolicDim) and dim.value in renamed:
+            return ir.SymbolicDim(renamed[dim.value])
+        return dim
+
+
+def _values(model: ir.Model) -> list[ir.Value]:
+    values = list(model.graph.inputs)
+    for node in model.graph:
+        values += node.outputs
+    return values
+
+
+class SplitSequencesPass(ir.passes.InPlacePass):
+    """SplitToSequence followed by SequenceAt becomes Split, which every runtime knows."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "SplitToSequence":
+                continue
+            users = [use.node for use in node.outputs[0].uses()]
+            sizes = constant_value(node.inputs[1])
+            assert sizes is not None and all(user.op_type == "SequenceAt" for user in users)
+            split = ir.Node(
+                "", "Split", node.inputs, [node.attributes["axis"]], num_outputs=sizes.size, name=f"{node.name}_split"
+            )
+            model.graph.insert_before(node, split)
+            for i, output in enumerate(split.outputs):
+                output.name = f"{split.name}_{i}"
+            for user in users:
+                index = constant_value(user.inputs[1])
+                assert index is not None
+                output, old = split.outputs[int(index)], user.outputs[0]
+                output.name, output.type, output.shape = old.name, old.type, old.shape
+                old.replace_all_uses_with(output)
+                model.graph.remove(user, safe=True)
+            model.graph.remove(node, safe=True)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+class StaticReshapePass(ir.passes.InPlacePass):
+    """Reshape targets computed from Shape become constants: leading dynamic dims that are kept are written as 0.
+
+    Applies where the output shape is known but for leading dims equal to those of the input, and at most one other.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "Reshape" or constant_value(node.inputs[1]) is not None:
+                continue
+            target = self._target(node)
+            if target is None:
+                continue
+            tensor = ir.tensor(np.array(target, np.int64))
+            constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], name=f"{node.name}_shape")
+            constant.outputs[0].name = f"{node.name}_shape"
+            model.graph.insert_before(node, constant)
+            node.replace_input_with(1, constant.outputs[0])
+            node.attributes["allowzero"] = ir.AttrInt64("allowzero", 0)
+            modified = True
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)
+
+    @staticmethod
+    def _target(node: ir.Node) -> list[int] | None:
+        source, result = node.inputs[0], node.outputs[0].shape
+        if source is None or source.shape is None or result is None:
+            return None
+        target = []
+        for axis, dim in enumerate(result):
+            if isinstance(dim, int):
+                target.append(dim)
+            elif axis < len(source.shape) and source.shape[axis] == dim:
+                target.append(0)
+            else:
+                target.append(-1)
+        return target if target.count(-1) <= 1 else None
+
+
+class FoldConstantsPass(ir.passes.InPlacePass):
+    """Evaluate what depends on constants alone, and merge equal constants. Weights have no data yet: they stay."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        result = onnxscript.optimizer.fold_constants(model)
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, bool(result.modified))
+
+
+class FuseLinearPass(ir.passes.InPlacePass):
+    """MatMul(x, Transpose(W)) becomes com.microsoft FusedMatMul(x, W, transB): weights stay as the checkpoint has
+    them, [out, in], and ONNX Runtime packs them once instead of transposing a copy first."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "MatMul":
+                continue
+            transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+            if transpose is None or transpose.op_type != "Transpose" or not transpose.inputs[0].is_initializer():
+                continue
+            fused = ir.Node(
+                "com.microsoft",
+                "FusedMatMul",
+                [node.inputs[0], transpose.inputs[0]],
+                [ir.AttrInt64("transB", 1)],
+                name=f"{node.name}_linear",
+            )
+            replace_node(node, [fused], fused.outputs)
+            modified = True
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)

@@ -1,0 +1,114 @@
+"""selective_state_update: one token of the Mamba-1 scan; the step graph's op.
+
+Shapes are those of selective_scan with L = 1: u, delta, z [B, 1, D], A [D, N], B and C [B, 1, G, N],
+D and delta_bias [D], state [B, D, N].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from mamba_export.ops.builder import Builder
+from mamba_export.ops.opdef import Attributes, Inputs, OpDef, make_schema, onnx_op
+from mamba_export.ops.selective_scan import INPUTS, ScanInputs, linear_attention, selective_scan_reference
+
+SCHEMA = make_schema(
+    "MambaSelectiveStateUpdate",
+    __doc__,
+    inputs=INPUTS,
+    outputs={"y": "T", "present_state": "S"},
+    attributes={
+        "delta_softplus": (1, "1: Δ = softplus(delta + delta_bias), 0: Δ = delta + delta_bias"),
+        "has_z": (0, "1: the gate z is the trailing input"),
+    },
+    extras=["z [B, 1, D] if has_z"],
+)
+
+
+@torch.library.custom_op("mamba_export::selective_state_update", mutates_args=())
+def selective_state_update(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """The torch op. Returns y [B, 1, D] and the present state [B, D, N]."""
+    return selective_scan_reference(u, delta, A, B, C, D, delta_bias, state, z, delta_softplus=delta_softplus)
+
+
+@selective_state_update.register_fake
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(state)
+
+
+def _translate(
+    u: Any,
+    delta: Any,
+    A: Any,
+    B: Any,
+    C: Any,
+    D: Any,
+    delta_bias: Any,
+    state: Any,
+    z: Any = None,
+    delta_softplus: bool = True,
+) -> Any:
+    extras = [] if z is None else [z]
+    return onnx_op(SCHEMA)(
+        *(u, delta, A, B, C, D, delta_bias, state, *extras),
+        delta_softplus=int(delta_softplus),
+        has_z=len(extras),
+    )
+
+
+def _portable(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
+    s = ScanInputs(op, inputs, attributes)
+    groups, per_group = s.groups, s.channels // s.groups
+    grouped = op.i64([0, groups, per_group, s.d_state])
+
+    def column(x: ir.Value) -> ir.Value:
+        """[B, 1, D] → [B, D, 1]."""
+        return op.Reshape(x, op.i64([0, s.channels, 1]))
+
+    def row(x: ir.Value) -> ir.Value:
+        """[B, 1, G*N] → [B, G, 1, N]."""
+        return op.Reshape(x, op.i64([0, groups, 1, s.d_state]))
+
+    decayed = op.Mul(s.state, op.Exp(op.Mul(column(s.dt), s.A)))
+    dtu = op.Reshape(op.Mul(s.dt, s.u), op.i64([0, groups, per_group, 1]))
+    h = op.Add(op.Reshape(decayed, grouped), op.Mul(dtu, row(s.B)))  # [B, G, D/G, N]
+    y = op.ReduceSum(op.Mul(h, row(s.C)), op.i64([3]), keepdims=0)
+    y = op.Reshape(y, op.i64([0, 1, s.channels]))
+    return [s.finish(y), op.Reshape(h, op.i64([0, s.channels, s.d_state]))]
+
+
+def _ort(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
+    s = ScanInputs(op, inputs, attributes)
+    decay = op.Reshape(op.Mul(op.unsqueeze(s.dt, 3), s.A), op.i64([0, 1, s.channels * s.d_state]))
+    state = op.unsqueeze(s.state, 3)
+    y, present = linear_attention(op, s, decay, op.Mul(s.dt, s.u), state, s.channels, reverse=False)
+    return [s.finish(y), op.Squeeze(present, op.i64([3]))]
+
+
+OP = OpDef(SCHEMA, torch.ops.mamba_export.selective_state_update.default, _translate, _portable, _ort)

@@ -1,0 +1,153 @@
+"""Run a bundle in ONNX Runtime, on the CPU or an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamba_export.bundle import PREFILL, STEP, Bundle
+from mamba_export.errors import EnvironmentProblem, MissingExtraError
+from mamba_export.extras import available, require
+from mamba_export.runtime.base import Ids, Logits, StateValues
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OrtRunner:
+    """A bundle in ONNX Runtime; see :class:`mamba_export.runtime.base.Runner`.
+
+    States stay in ONNX Runtime's own memory between calls. Each graph is loaded at its first use, so a loop of steps
+    never holds the prefill graph.
+    """
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        """Prepare to run ``bundle``.
+
+        Args:
+            bundle: an open bundle.
+            device: ``cpu`` or ``cuda``.
+            threads: of the CPU; ONNX Runtime's choice when None.
+
+        Raises:
+            MissingExtraError: ONNX Runtime is not installed.
+            EnvironmentProblem: this ONNX Runtime can't use ``device``.
+        """
+        if not available("onnxruntime"):
+            raise MissingExtraError("onnxruntime", "gpu" if device == "cuda" else "cpu", "running a bundle")
+        import onnxruntime
+
+        if PROVIDERS[device] not in onnxruntime.get_available_providers():
+            raise EnvironmentProblem(
+                f"this onnxruntime has no {PROVIDERS[device]}",
+                'pip install "mamba-export[gpu]"' if device == "cuda" else None,
+            )
+        self.bundle, self.spec, self.device = bundle, bundle.spec, device
+        self._threads = threads
+        self._dtypes = {state.name: _NUMPY[state.dtype] for state in bundle.states if state.dtype != "bf16"}
+
+    @functools.cached_property
+    def prefill_session(self) -> ort.InferenceSession:
+        """The session of prefill.onnx."""
+        return make_session(self.bundle, PREFILL, self.device, self._threads)
+
+    @functools.cached_property
+    def step_session(self) -> ort.InferenceSession:
+        """The session of step.onnx."""
+        return make_session(self.bundle, STEP, self.device, self._threads)
+
+    def initial_state(self, batch: int) -> StateValues:
+        return self.state_from_numpy(
+            {s.name: np.zeros((batch, *s.shape), _NUMPY[s.dtype]) for s in self.bundle.states}
+        )
+
+    def state_from_numpy(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
+        """Put host arrays, named as in the state table, where the engine reads them."""
+        import onnxruntime
+
+        make = onnxruntime.OrtValue.ortvalue_from_numpy
+        return {name: make(array, self.device, 0) for name, array in arrays.items()}
+
+    def state_to_numpy(self, state: StateValues) -> dict[str, NDArray[Any]]:
+        return {name: value.numpy() for name, value in state.items()}
+
+    def prefill(
+        self, input_ids: Ids, state: StateValues, seq_lens: NDArray[np.int32] | None = None
+    ) -> tuple[Logits, StateValues]:
+        feed: dict[str, NDArray[Any]] = {"input_ids": input_ids}
+        if self.bundle.manifest.ragged:
+            full = np.full(input_ids.shape[0], input_ids.shape[1], np.int32)
+            feed["seq_lens"] = full if seq_lens is None else seq_lens.astype(np.int32)
+        elif seq_lens is not None and np.any(seq_lens != input_ids.shape[1]):
+            raise ValueError("this bundle's graph takes no seq_lens: export it with --ragged")
+        return self._run(self.prefill_session, feed, state)
+
+    def step(self, input_ids: Ids, state: StateValues) -> tuple[Logits, StateValues]:
+        return self._run(self.step_session, {"input_ids": input_ids}, state)
+
+    def _run(
+        self, session: ort.InferenceSession, feed: dict[str, NDArray[Any]], state: StateValues
+    ) -> tuple[Logits, StateValues]:
+        import onnxruntime
+
+        make = onnxruntime.OrtValue.ortvalue_from_numpy
+        values = {name: make(np.ascontiguousarray(array), self.device, 0) for name, array in feed.items()}
+        logits, *presents = session.run_with_ort_values(self._output_names, {**values, **state})
+        return logits.numpy(), {s.name: value for s, value in zip(self.bundle.states, presents, strict=True)}
+
+    @functools.cached_property
+    def _output_names(self) -> Sequence[str]:
+        return ["logits", *(state.present for state in self.bundle.states)]
+
+
+_NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
+
+
+def make_session(
+    bundle: Bundle, graph: str, device: str = "cpu", threads: int | None = None
+) -> ort.InferenceSession:
+    """An ONNX Runtime session of one of the bundle's graphs.
+
+    Graphs that hold plugin ops without function bodies get the bodies first (this needs the ``export`` extra), and
+    bfloat16 graphs, which ONNX Runtime's CPU can't run, are refused.
+
+    Raises:
+        EnvironmentProblem: ONNX Runtime can't run this graph; the message says why.
+    """
+    import onnxruntime
+
+    if bundle.manifest.dtype == "bf16" and device == "cpu":
+        raise EnvironmentProblem(
+            "ONNX Runtime has no bfloat16 kernels on the CPU", "run it on a GPU, or export with --dtype fp32"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    path: Path = bundle.file(graph)
+    source: str | bytes = str(path)
+    if bundle.target.plugins and not bundle.target.functions:
+        require("torch", "onnx_ir", extra="export", purpose=f"running a {bundle.target.name} bundle without TensorRT")
+        from mamba_export.graph.lower import with_functions
+
+        source = with_functions(path)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
+    providers = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return onnxruntime.InferenceSession(source, options, providers=providers)
+    except Exception as error:  # onnxruntime raises its own classes, all plain Exceptions
+        wanted = f"; this bundle needs {bundle.manifest.requires}" if bundle.manifest.requires else ""
+        raise EnvironmentProblem(
+            f"onnxruntime {onnxruntime.__version__} can't run {graph}: {str(error).splitlines()[0][:300]}{wanted}"
+        ) from error
