@@ -102,12 +102,13 @@ def as_float(value: Any) -> float | None:
         value = value["__float__"]
     if isinstance(value, str):
         return {"infinity": math.inf, "inf": math.inf, "-infinity": -math.inf, "-inf": -math.inf}.get(value.lower())
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:
-        return float(value)
+        number = float(value)
     except OverflowError:
         return None
+    return None if math.isnan(number) else number
 
 
 def make_spec(where: str, **fields: Any) -> ModelSpec:

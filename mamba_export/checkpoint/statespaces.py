@@ -48,6 +48,9 @@ def spec_from_config(config: dict[str, Any], where: str) -> ModelSpec:
     vocab_size, multiple = options.integer("vocab_size", 50277), options.integer("pad_vocab_size_multiple", 8)
     if multiple < 1:
         raise CheckpointError(f"{where}: pad_vocab_size_multiple = {multiple} must be at least 1")
+    hidden = options.integer("d_intermediate", 0)
+    if hidden < 0:
+        raise CheckpointError(f"{where}: d_intermediate = {hidden} must not be negative")
     ssm_cfg = options.value("ssm_cfg", {})
     if not isinstance(ssm_cfg, dict):
         raise CheckpointError(f"{where}: 'ssm_cfg' is {ssm_cfg!r}, expected an object")
@@ -60,7 +63,7 @@ def spec_from_config(config: dict[str, Any], where: str) -> ModelSpec:
         "norm_eps": _NORM_EPS,
         "residual_in_fp32": options.flag("residual_in_fp32", True),
         "tie_embeddings": options.flag("tie_embeddings", True),
-        "d_intermediate": pad_to(options.integer("d_intermediate", 0), _MLP_MULTIPLE),
+        "d_intermediate": pad_to(hidden, _MLP_MULTIPLE),
     }
     options.ignore(_BOOKKEEPING)
     for key in options.rest():
