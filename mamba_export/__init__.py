@@ -1,0 +1,57 @@
+"""mamba-export: trained Mamba checkpoints to verified ONNX bundles, engines and text.
+
+The public surface is ``__all__``; everything else may change. Names are imported on first use, so that
+``import mamba_export`` needs nothing but the base install.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mamba_export.version import __version__
+
+if TYPE_CHECKING:
+    from mamba_export.bundle import Bundle
+    from mamba_export.checkpoint import Checkpoint, open_checkpoint
+    from mamba_export.errors import MambaExportError
+    from mamba_export.export import export_onnx
+    from mamba_export.runtime import OrtRunner, Runner
+    from mamba_export.spec import ModelSpec
+    from mamba_export.states import State, state_table
+    from mamba_export.verify import verify
+
+_HOMES = {
+    "Bundle": "mamba_export.bundle",
+    "Checkpoint": "mamba_export.checkpoint",
+    "MambaExportError": "mamba_export.errors",
+    "ModelSpec": "mamba_export.spec",
+    "OrtRunner": "mamba_export.runtime",
+    "Runner": "mamba_export.runtime",
+    "State": "mamba_export.states",
+    "export_onnx": "mamba_export.export",
+    "open_checkpoint": "mamba_export.checkpoint",
+    "state_table": "mamba_export.states",
+    "verify": "mamba_export.verify",
+}
+
+__all__ = [
+    "Bundle",
+    "Checkpoint",
+    "MambaExportError",
+    "ModelSpec",
+    "OrtRunner",
+    "Runner",
+    "State",
+    "__version__",
+    "export_onnx",
+    "open_checkpoint",
+    "state_table",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mamba_export' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mamba_export.checkpoint.storage import ITEM_SIZES, LazyTensor
+from mamba_export.checkpoint.storage import ITEM_SIZES, LazyTensor, read_tensor
 from mamba_export.errors import CheckpointError, MissingExtraError, UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ DTYPES = {
     "C64": "complex64",
 }
 _MAX_HEADER = 100_000_000
-_MAP_FROM = 1 << 20  # smaller tensors are read, not mapped
 _AGAIN = "copy or download the file again"
 
 
@@ -142,35 +139,7 @@ class SafetensorsFile:
             raise MissingExtraError("torch", "export", "reading a checkpoint") from error
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        kind: torch.dtype = getattr(torch, dtype)
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=kind)
-        buffer, start = self._bytes(offset, count * ITEM_SIZES[dtype])
-        return torch.frombuffer(buffer, dtype=kind, count=count, offset=start).reshape(shape)
-
-    def _bytes(self, offset: int, length: int) -> tuple[mmap.mmap | bytearray, int]:
-        """A private, writable view of a part of the file, and where in it the part starts."""
-        try:
-            with self.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size != self._size:
-                    raise CheckpointError(f"{self.path} changed while it was read", _AGAIN)
-                if length >= _MAP_FROM and offset % 8 == 0:
-                    start = offset % mmap.ALLOCATIONGRANULARITY
-                    try:
-                        mapped = mmap.mmap(
-                            file.fileno(), start + length, access=mmap.ACCESS_COPY, offset=offset - start
-                        )
-                        return mapped, start
-                    except OSError:
-                        pass  # too many open files or mappings: read it instead
-                file.seek(offset)
-                part = bytearray(file.read(length))
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.path}: {error.strerror or error}") from error
-        if len(part) != length:
-            raise CheckpointError(f"{self.path} changed while it was read", _AGAIN)
-        return part, 0
+        return read_tensor(self.path, self._size, getattr(torch, dtype), shape, offset)
 
     def close(self) -> None:
         """Refuse further reads. The file is only open while a tensor is read."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -39,6 +41,7 @@ WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 _CHECKED_AT_ONCE = 1 << 22
+_MAP_FROM = 1 << 20  # smaller tensors are read, not mapped
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$")
 
 
@@ -128,6 +131,46 @@ class Weights:
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+
+def read_tensor(path: Path, size: int, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    """A tensor whose bytes lie in a file at ``offset``.
+
+    A large one is a private mapping of its own part of the file, so that its pages go when it goes.
+
+    Args:
+        size: what the file's size was when it was opened; another size now is an error.
+    """
+    import torch
+
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    buffer, start = _part(path, size, offset, count * dtype.itemsize)
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=start).reshape(shape)
+
+
+def _part(path: Path, size: int, offset: int, length: int) -> tuple[mmap.mmap | bytearray, int]:
+    """A writable view of a part of a file that never reaches the file, and where in the view the part starts."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size != size:
+                raise CheckpointError(f"{path} changed while it was read", "copy or download the file again")
+            if length >= _MAP_FROM and offset % 8 == 0:
+                start = offset % mmap.ALLOCATIONGRANULARITY
+                try:
+                    return mmap.mmap(
+                        file.fileno(), start + length, access=mmap.ACCESS_COPY, offset=offset - start
+                    ), start
+                except OSError:
+                    pass  # too many open files or mappings: read it instead
+            file.seek(offset)
+            part = bytearray(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(part) != length:
+        raise CheckpointError(f"{path} changed while it was read", "copy or download the file again")
+    return part, 0
 
 
 def open_weight_file(path: Path) -> WeightFile:

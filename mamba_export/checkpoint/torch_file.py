@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import pickletools
 import re
+import struct
+import sys
 import warnings
 import zipfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from mamba_export.checkpoint.storage import LazyTensor
+from mamba_export.checkpoint.storage import LazyTensor, read_tensor
 from mamba_export.errors import CheckpointError, MissingExtraError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -28,6 +31,8 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._values = _state_dict(_load_weights_only(path), path)
+        self._size = path.stat().st_size
+        self._origin = _origin(path, self._values)
         self.tensors = {name: self._lazy(name, value) for name, value in self._values.items()}
 
     def _lazy(self, name: str, value: torch.Tensor) -> LazyTensor:
@@ -44,11 +49,48 @@ class TorchFile:
     def _read(self, name: str) -> torch.Tensor:
         if name not in self._values:
             raise ValueError(f"{self.path} is closed")
-        return self._values[name].detach().contiguous()
+        value = self._values[name].detach()
+        if self._origin is None or not value.is_contiguous() or not value.numel():
+            return value.contiguous()
+        return read_tensor(self.path, self._size, value.dtype, tuple(value.shape), value.data_ptr() - self._origin)
 
     def close(self) -> None:
         """Drop the tensors; torch unmaps the file with the last of them."""
         self._values = {}
+
+
+def _origin(path: Path, values: dict[str, torch.Tensor]) -> int | None:
+    """The address at which torch has mapped the file; None when it has not, or not as expected.
+
+    With it the place of a tensor in the file is known, and the tensor can be mapped on its own. torch maps the whole
+    file at once, so pages that were read through its mapping would stay resident until the last tensor goes.
+    """
+    records = _record_offsets(path)
+    addresses = {value.untyped_storage().data_ptr() for value in values.values() if value.numel()}
+    if not records or not addresses:
+        return None
+    origins = (min(addresses) - offset for offset in sorted(records))
+    fitting = (o for o in origins if o % mmap.PAGESIZE == 0 and all(address - o in records for address in addresses))
+    return next(fitting, None)
+
+
+def _record_offsets(path: Path) -> set[int]:
+    """Where the values of each storage start in a torch zip; empty for other files and for foreign byte orders."""
+    if not zipfile.is_zipfile(path):
+        return set()
+    offsets = set()
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for info in archive.infolist():
+            inner = info.filename.partition("/")[2]
+            if inner == "byteorder" and archive.read(info) != sys.byteorder.encode():
+                return set()
+            if inner.startswith("data/") and info.compress_type == zipfile.ZIP_STORED:
+                file.seek(info.header_offset)
+                header = file.read(30)
+                if len(header) == 30 and header[:4] == b"PK\x03\x04":
+                    name, extra = struct.unpack("<HH", header[26:30])
+                    offsets.add(info.header_offset + 30 + name + extra)
+    return offsets
 
 
 def _load_weights_only(path: Path) -> Any:

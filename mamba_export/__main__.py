@@ -1,0 +1,3 @@
+from mamba_export.main import main
+
+main()
