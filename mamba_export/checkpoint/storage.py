@@ -16,6 +16,7 @@ from mamba_export.errors import CheckpointError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Self
 
 ITEM_SIZES = {
     "float64": 8,
@@ -129,8 +130,15 @@ class Weights:
         self.where = described_by.name if described_by else " and ".join(path.name for path in self.paths[:2])
 
     def close(self) -> None:
+        """Close all files."""
         for file in self._files:
             file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 def read_tensor(path: Path, size: int, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:

@@ -31,9 +31,9 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._values = _state_dict(_load_weights_only(path), path)
+        self.tensors = {name: self._lazy(name, value) for name, value in self._values.items()}
         self._size = path.stat().st_size
         self._origin = _origin(path, self._values)
-        self.tensors = {name: self._lazy(name, value) for name, value in self._values.items()}
 
     def _lazy(self, name: str, value: torch.Tensor) -> LazyTensor:
         import torch
@@ -60,7 +60,7 @@ class TorchFile:
 
 
 def _origin(path: Path, values: dict[str, torch.Tensor]) -> int | None:
-    """The address at which torch has mapped the file; None when it has not, or not as expected.
+    """The address at which torch has mapped the file; None when it has not, or when that is not certain.
 
     With it the place of a tensor in the file is known, and the tensor can be mapped on its own. torch maps the whole
     file at once, so pages that were read through its mapping would stay resident until the last tensor goes.
@@ -69,9 +69,11 @@ def _origin(path: Path, values: dict[str, torch.Tensor]) -> int | None:
     addresses = {value.untyped_storage().data_ptr() for value in values.values() if value.numel()}
     if not records or not addresses:
         return None
-    origins = (min(addresses) - offset for offset in sorted(records))
-    fitting = (o for o in origins if o % mmap.PAGESIZE == 0 and all(address - o in records for address in addresses))
-    return next(fitting, None)
+    # The true origin is among these. A second one fits when a part of the file repeats the sizes of another, as the
+    # state of an optimizer does.
+    origins = (min(addresses) - offset for offset in records)
+    fitting = [o for o in origins if o % mmap.PAGESIZE == 0 and all(address - o in records for address in addresses)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _record_offsets(path: Path) -> set[int]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mamba_export.checkpoint import FORMATS, Checkpoint, expected_tensors, open_checkpoint
+from mamba_export.checkpoint.storage import open_weights
 from tests.make_checkpoints import (
     CASES,
     MAMBA2,
@@ -258,6 +259,39 @@ def test_large_tensors_are_mapped_and_the_file_is_never_written(tmp_path: Path) 
         value.zero_()
         assert bool(embedding.load().any())
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_torch_file_with_the_state_of_an_optimizer(tmp_path: Path) -> None:
+    """Its storages repeat the sizes of the model's; whole pages, so that one set could be taken for the other."""
+    path = make_bare(tmp_path / "model.pt", d_model=1024, vocab_size=1024, n_layer=1)
+    weights = torch.load(path, weights_only=True)
+    first, second = ({name: torch.randn(value.shape) for name, value in weights.items()} for _ in range(2))
+    torch.save({"exp_avg": first, "model": weights, "exp_avg_sq": second}, path)
+    with open_checkpoint(path) as checkpoint:
+        assert_same_values(checkpoint, weights)
+    only = {"backbone.embedding.weight": weights["backbone.embedding.weight"]}
+    torch.save({"exp_avg": {"a": torch.randn(1024, 1024)}, "model": only, "more": {"b": torch.randn(1024, 1024)}}, path)
+    with open_weights([path]) as opened:
+        assert torch.equal(opened.tensors["backbone.embedding.weight"].load(), only["backbone.embedding.weight"])
+
+
+@pytest.mark.parametrize("container", ["bin", "safetensors"])
+def test_pages_go_with_the_tensor(container: str, tmp_path: Path) -> None:
+    """Streaming through a checkpoint needs the memory of its largest tensor, not of all."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("needs /proc")
+    folder = make_statespaces(tmp_path, d_model=1024, vocab_size=1024, n_layer=4, container=container)
+
+    def resident() -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+
+    with open_checkpoint(folder) as checkpoint:
+        assert checkpoint.nbytes > 100 << 20
+        before = resident()
+        for tensor in checkpoint.tensors.values():
+            tensor.load().sum()
+        assert (resident() - before) << 10 < checkpoint.nbytes // 3
 
 
 def test_safetensors_needs_no_torch_until_values_are_asked_for(tmp_path: Path) -> None:
