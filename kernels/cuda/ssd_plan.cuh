@@ -1,0 +1,24 @@
+// The compiled tensor-core layouts of one d_state, and how the dispatcher finds them.
+#pragma once
+
+#include "mamba/common.h"
+#include "ssd_chunk.cuh"
+
+namespace mamba {
+namespace ssd {
+
+using Kernel = void (*)(ScanArgs);
+
+struct Plan {
+  Kernel scan, state;
+  int heads, chunk, threads, scan_shared, state_shared;
+};
+
+// False when there is no such layout. One file an instance of d_state, so that they compile side by side.
+bool plan_n16(int dtype, int headdim, int layout, Plan* plan);
+bool plan_n64(int dtype, int headdim, int layout, Plan* plan);
+bool plan_n128(int dtype, int headdim, int layout, Plan* plan);
+bool plan_n256(int dtype, int headdim, int layout, Plan* plan);
+
+}  // namespace ssd
+}  // namespace mamba

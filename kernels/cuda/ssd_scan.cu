@@ -1,0 +1,273 @@
+// ssd_scan: checks, the choice of a tactic, launches.
+#include "mamba/ssd_scan.h"
+
+#include <math.h>
+
+#include "ssd_generic_plan.cuh"
+
+namespace mamba {
+namespace ssd {
+namespace {
+
+constexpr int kLayouts = 4;           // tried for every size; most have fewer
+constexpr int kMaxGrid = 65535;
+
+struct Device {
+  int sms, shared_block, shared_sm;
+};
+
+const Device& device() {
+  static Device cached[64] = {};
+  int id = 0;
+  cudaGetDevice(&id);
+  Device& d = cached[id & 63];
+  if (d.sms == 0) {
+    cudaDeviceGetAttribute(&d.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    cudaDeviceGetAttribute(&d.shared_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+    d.sms = sm_count();
+  }
+  return d;
+}
+
+// A tactic with all that its launches need.
+struct Choice {
+  int layout = -1;  // -1: generic
+  int splits = 1, chunk = 0, threads = 0, blocks_x = 0, shared = 0, state_shared = 0;
+  Kernel scan = nullptr, state = nullptr;
+  int tactic() const { return layout + 1 + 16 * (splits - 1); }
+};
+
+bool multiple_of_8(int64_t a) { return a % 8 == 0; }
+
+// The tensor-core kernels move 16 bytes at a time.
+bool wide_access(const mamba_ssd_scan_params& p) {
+  const void* pointers[] = {p.x, p.B, p.C, p.y, p.z};
+  for (const void* at : pointers)
+    if (!aligned(at, 16)) return false;
+  return multiple_of_8(p.x_batch_stride) && multiple_of_8(p.x_token_stride) && multiple_of_8(p.B_batch_stride) &&
+         multiple_of_8(p.B_token_stride) && multiple_of_8(p.C_batch_stride) && multiple_of_8(p.C_token_stride) &&
+         multiple_of_8(p.y_batch_stride) && multiple_of_8(p.y_token_stride) && multiple_of_8(p.z_batch_stride) &&
+         multiple_of_8(p.z_token_stride);
+}
+
+bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
+  if (p.dtype == MAMBA_F32 || !wide_access(p)) return false;
+  Plan plan;
+  bool found = false;
+  switch (p.d_state) {
+    case 16: found = plan_n16(p.dtype, p.headdim, layout, &plan); break;
+    case 64: found = plan_n64(p.dtype, p.headdim, layout, &plan); break;
+    case 128: found = plan_n128(p.dtype, p.headdim, layout, &plan); break;
+    case 256: found = plan_n256(p.dtype, p.headdim, layout, &plan); break;
+    default: break;
+  }
+  if (!found || plan.scan_shared > device().shared_block || plan.state_shared > device().shared_block) return false;
+  out->layout = layout, out->chunk = plan.chunk, out->threads = plan.threads;
+  out->shared = plan.scan_shared, out->state_shared = plan.state_shared;
+  out->scan = plan.scan, out->state = plan.state;
+  out->blocks_x = ceil_div(p.nheads / p.ngroups, plan.heads) * p.ngroups;
+  return true;
+}
+
+bool find_generic(const mamba_ssd_scan_params& p, Choice* out) {
+  GenericPlan plan;
+  if (!generic_plan(p.dtype, p.d_state, device().shared_block, &plan)) return false;
+  out->layout = -1, out->chunk = plan.chunk, out->threads = plan.threads;
+  out->shared = out->state_shared = plan.shared;
+  out->scan = plan.scan, out->state = plan.state;
+  out->blocks_x = ceil_div(p.headdim, plan.cols) * p.nheads;
+  return true;
+}
+
+// A model of the time, in chunk times of one block: whole waves of blocks, the state-only pass at its measured
+// share of a full chunk, and a constant for each launch.
+double cost(const mamba_ssd_scan_params& p, const Choice& c, int splits) {
+  const int chunks = ceil_div(p.seqlen, c.chunk), piece = ceil_div(chunks, splits);
+  const int by_shared = device().shared_sm / (c.shared + 1024), by_threads = c.layout < 0 ? 4 : 256 / c.threads;
+  const int resident = by_shared < by_threads ? by_shared : by_threads;
+  const double slots = static_cast<double>(device().sms) * (resident > 0 ? resident : 1);
+  const double rows = static_cast<double>(c.blocks_x) * p.batch;
+  double total = ceil(rows * splits / slots) * (piece + 1.0);
+  if (splits > 1) total += ceil(rows * (splits - 1) / slots) * (0.45 * piece + 1.0) + 1.0 + 0.1 * splits;
+  return total * c.chunk;
+}
+
+int best_splits(const mamba_ssd_scan_params& p, const Choice& c, double* least) {
+  const int chunks = ceil_div(p.seqlen, c.chunk);
+  int best = 1;
+  *least = cost(p, c, 1);
+  for (int splits = 2; splits <= 64 && splits * 2 <= chunks; splits++) {
+    const double at = cost(p, c, splits);
+    if (at < *least) *least = at, best = splits;
+  }
+  return best;
+}
+
+int choose(const mamba_ssd_scan_params& p, Choice* out) {
+  if (p.tactic >= 0) {
+    const int layout = p.tactic % 16 - 1;
+    const bool found = layout < 0 ? find_generic(p, out) : find_layout(p, layout, out);
+    out->splits = p.tactic / 16 + 1;
+    const bool fits = found && out->splits <= kMaxGrid && out->splits <= ceil_div(p.seqlen, out->chunk);
+    return fits ? MAMBA_OK : MAMBA_ERROR_TACTIC;
+  }
+  double least = INFINITY;
+  bool any = false;
+  for (int layout = 0; layout < kLayouts; layout++) {
+    Choice candidate;
+    if (!find_layout(p, layout, &candidate)) continue;
+    double at;
+    candidate.splits = best_splits(p, candidate, &at);
+    if (at < least) least = at, *out = candidate, any = true;
+  }
+  if (any) return MAMBA_OK;
+  if (!find_generic(p, out)) return MAMBA_ERROR_SHAPE;
+  out->splits = best_splits(p, *out, &least);
+  return MAMBA_OK;
+}
+
+size_t state_bytes(const mamba_ssd_scan_params& p, int splits) {
+  return sizeof(float) * p.batch * p.nheads * static_cast<size_t>(splits) * p.headdim * p.d_state;
+}
+
+size_t workspace_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
+  if (c.splits == 1) return 0;
+  return state_bytes(p, c.splits) + sizeof(float) * p.batch * p.nheads * static_cast<size_t>(c.splits);
+}
+
+int check(const mamba_ssd_scan_params& p) {
+  if (p.dtype != MAMBA_F32 && p.dtype != MAMBA_F16 && p.dtype != MAMBA_BF16) return MAMBA_ERROR_DTYPE;
+  if (p.batch < 0 || p.seqlen < 0 || p.nheads <= 0 || p.headdim <= 0 || p.ngroups <= 0 || p.d_state <= 0 ||
+      p.nheads % p.ngroups != 0 || p.batch > kMaxGrid)
+    return MAMBA_ERROR_SHAPE;
+  return MAMBA_OK;
+}
+
+ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c) {
+  ScanArgs a = {};
+  a.x = p.x, a.dt = p.dt, a.B = p.B, a.C = p.C, a.z = p.z, a.y = p.y;
+  a.A = p.A, a.D = p.D, a.dt_bias = p.dt_bias, a.initial_state = p.initial_state, a.final_state = p.final_state;
+  a.seq_lens = p.seq_lens;
+  a.x_batch = p.x_batch_stride, a.x_token = p.x_token_stride;
+  a.dt_batch = p.dt_batch_stride, a.dt_token = p.dt_token_stride;
+  a.B_batch = p.B_batch_stride, a.B_token = p.B_token_stride;
+  a.C_batch = p.C_batch_stride, a.C_token = p.C_token_stride;
+  a.z_batch = p.z_batch_stride, a.z_token = p.z_token_stride;
+  a.y_batch = p.y_batch_stride, a.y_token = p.y_token_stride;
+  a.batch = p.batch, a.seqlen = p.seqlen, a.nheads = p.nheads, a.headdim = p.headdim;
+  a.ngroups = p.ngroups, a.d_state = p.d_state;
+  a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel;
+  a.dt_min = p.dt_min, a.dt_max = p.dt_max;
+  a.splits = c.splits;
+  a.split_len = ceil_div(ceil_div(p.seqlen, c.chunk), c.splits) * c.chunk;
+  if (c.splits > 1) {
+    a.split_state = static_cast<float*>(p.workspace);
+    a.split_decay = a.split_state + state_bytes(p, c.splits) / sizeof(float);
+  }
+  return a;
+}
+
+// Turns the ends of the pieces, each computed from zero, into the states the pieces begin with.
+template <typename Vector>
+__global__ void ssd_combine_kernel(ScanArgs p) {
+  constexpr int kWidth = sizeof(Vector) / sizeof(float);
+  const int64_t size = static_cast<int64_t>(p.headdim) * p.d_state / kWidth;
+  const int64_t idx = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, head = blockIdx.y + blockIdx.z * p.nheads;
+  if (idx >= size) return;
+  Vector* at = reinterpret_cast<Vector*>(p.split_state) + head * p.splits * size + idx;
+  Vector h = {};
+  if (p.initial_state) h = reinterpret_cast<const Vector*>(p.initial_state)[head * size + idx];
+  float* state = reinterpret_cast<float*>(&h);
+  constexpr int kAhead = 8;
+  for (int first = 0; first < p.splits; first += kAhead) {
+    Vector end[kAhead] = {};
+    float decay[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      if (first + i >= p.splits - 1) continue;
+      end[i] = at[(first + i) * size];
+      decay[i] = ex2(p.split_decay[head * p.splits + first + i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      if (first + i >= p.splits) break;
+      at[(first + i) * size] = h;
+      if (first + i == p.splits - 1) break;
+      const float* add = reinterpret_cast<const float*>(&end[i]);
+#pragma unroll
+      for (int k = 0; k < kWidth; k++) state[k] = fmaf(decay[i], state[k], add[k]);
+    }
+  }
+}
+
+int launch(const mamba_ssd_scan_params& p, const Choice& c, cudaStream_t stream) {
+  const ScanArgs a = arguments(p, c);
+  const auto grow = [](Kernel k, int bytes) {
+    return cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;
+  };
+  if (!grow(c.scan, c.shared)) return MAMBA_ERROR_CUDA;
+  if (c.splits > 1) {
+    if (!grow(c.state, c.state_shared)) return MAMBA_ERROR_CUDA;
+    c.state<<<dim3(c.blocks_x, c.splits - 1, p.batch), c.threads, c.state_shared, stream>>>(a);
+    const int size = p.headdim * p.d_state, wide = size % 4 == 0 && aligned(p.initial_state, 16) ? 4 : 1;
+    const dim3 grid(ceil_div(size / wide, 128), p.nheads, p.batch);
+    if (wide == 4)
+      ssd_combine_kernel<float4><<<grid, 128, 0, stream>>>(a);
+    else
+      ssd_combine_kernel<float><<<grid, 128, 0, stream>>>(a);
+  }
+  c.scan<<<dim3(c.blocks_x, c.splits, p.batch), c.threads, c.shared, stream>>>(a);
+  return launch_status();
+}
+
+}  // namespace
+}  // namespace ssd
+}  // namespace mamba
+
+using namespace mamba;
+using namespace mamba::ssd;
+
+extern "C" size_t mamba_ssd_scan_workspace(const mamba_ssd_scan_params* params) {
+  Choice c;
+  if (!params || check(*params) != MAMBA_OK || choose(*params, &c) != MAMBA_OK) return 0;
+  return workspace_bytes(*params, c);
+}
+
+extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32_t* out, int max) {
+  int count = 0;
+  const auto add = [&](int tactic) {
+    for (int i = 0; i < count; i++)
+      if (out[i] == tactic) return;
+    if (count < max) out[count++] = tactic;
+  };
+  if (!params || check(*params) != MAMBA_OK) return 0;
+  mamba_ssd_scan_params p = *params;
+  p.tactic = -1;
+  Choice chosen;
+  if (choose(p, &chosen) != MAMBA_OK) return 0;
+  add(chosen.tactic());
+  for (int layout = -1; layout < kLayouts; layout++) {
+    Choice c;
+    if (!(layout < 0 ? find_generic(p, &c) : find_layout(p, layout, &c))) continue;
+    double least;
+    const int best = best_splits(p, c, &least), chunks = ceil_div(p.seqlen, c.chunk);
+    for (const int splits : {best, 1, best - 1, best + 1, 2 * best}) {
+      c.splits = splits;
+      if (splits >= 1 && splits <= chunks) add(c.tactic());
+    }
+  }
+  return count;
+}
+
+extern "C" int mamba_ssd_scan(const mamba_ssd_scan_params* params, mamba_stream stream) {
+  if (!params) return MAMBA_ERROR_NULL_POINTER;
+  const mamba_ssd_scan_params& p = *params;
+  if (const int status = check(p); status != MAMBA_OK) return status;
+  if (p.batch == 0) return MAMBA_OK;
+  if (!p.A || (p.seqlen > 0 && (!p.x || !p.dt || !p.B || !p.C || !p.y))) return MAMBA_ERROR_NULL_POINTER;
+  Choice c;
+  if (const int status = choose(p, &c); status != MAMBA_OK) return status;
+  if (c.splits > 1 && (!p.workspace || !aligned(p.workspace, 16) || p.workspace_size < workspace_bytes(p, c)))
+    return MAMBA_ERROR_WORKSPACE;
+  return launch(p, c, static_cast<cudaStream_t>(stream));
+}
