@@ -45,7 +45,7 @@ def causal_conv1d_reference(
     y = (windows * weight.to(wide)[:, None, :]).sum(-1) + bias.to(wide)[:, None]
     y = y * torch.sigmoid(y) if activation else y
     if seq_lens is None:
-        present = padded[:, :, padded.shape[2] - (kernel - 1) :]
+        present = padded[:, :, padded.shape[2] - (kernel - 1) :].clone()
     else:
         index = seq_lens.long()[:, None] + torch.arange(kernel - 1, device=x.device)
         present = padded.gather(2, index[:, None, :].expand(-1, x.shape[2], -1))
