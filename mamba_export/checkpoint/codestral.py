@@ -1,4 +1,4 @@
-"""Codestral Mamba: ``params.json`` + ``consolidated.safetensors``. It is mamba_ssm's Mamba-2 under other option names."""
+"""Codestral Mamba: ``params.json`` + ``consolidated.safetensors``; mamba_ssm's Mamba-2 under other option names."""
 
 from __future__ import annotations
 

@@ -63,6 +63,8 @@ def open_checkpoint(path: str | Path, format: str | None = None) -> Checkpoint:
     """
     if format is not None and format not in FORMATS:
         raise UsageError(f"unknown checkpoint format '{format}'", f"formats: {', '.join(FORMATS)}")
+    if not str(path):
+        raise UsageError("the path of the checkpoint is empty", "give a folder, a weight file or a hub id (org/name)")
     place = Path(path).expanduser()
     try:
         exists = place.exists()
@@ -152,12 +154,12 @@ def _format(folder: Path, file: Path | None) -> tuple[str, str | None]:
     """The format, and the name of the config that says so."""
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     params = read_json(folder / PARAMS) if (folder / PARAMS).is_file() else {}
-    if _CODESTRAL_KEYS <= set(params):
+    if _CODESTRAL_KEYS.issubset(params):
         consolidated = file.name in _WEIGHT_NAMES["codestral"] if file else bool(_first(folder, "codestral"))
         # Codestral's repository holds the Hugging Face files as well; a folder with both is read as those.
         if not config or (consolidated and (file or not _first(folder, "other"))):
             return "codestral", PARAMS
-    if _CODESTRAL_KEYS <= set(config):
+    if _CODESTRAL_KEYS.issubset(config):
         return "codestral", CONFIG
     if "hidden_size" in config or ("model_type" in config and not {"d_model", "n_layer"} <= set(config)):
         return "huggingface", CONFIG

@@ -19,6 +19,7 @@ MODEL_TYPES = ("mamba", "falcon_mamba", "mamba2")
 _IGNORED = (
     *("initializer_range", "rescale_prenorm_residual", "time_step_scale", "time_step_min", "time_step_max"),
     *("time_step_init_scheme", "time_step_floor", "use_cache", "use_mambapy", "use_falcon_mambapy"),
+    *("A_initializer_range", "emb_initializer_range", "conv_initializer_range", "use_mem_eff_path"),
     *("use_associative_scan", "fused_add_norm", "pad_vocab_size_multiple", "d_model", "d_inner", "n_layer"),
     *("vocab_size", "model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "name_or_path"),
@@ -115,7 +116,7 @@ def spec_from_config(config: dict[str, Any], where: str, assumptions: list[str] 
     fields.update(_mamba2(options, d_model) if kind == "mamba2" else _mamba1(options, d_model))
     if kind == "falcon_mamba":
         fields["bcdt_norm_eps"] = options.number("mixer_rms_eps", 1e-6)
-    options.ignore([*_IGNORED, *_FOREIGN])
+    options.ignore([*_IGNORED, *_FOREIGN, "ssm_cfg"])
     if assumptions is not None:
         assumptions.extend(
             f"{where}: '{key}' = {config[key]!r} is ignored, as transformers ignores it" for key in options.rest()

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import struct
 import zipfile
@@ -40,6 +41,7 @@ def refused(path: str | Path, kind: type[MambaExportError], *words: str, format:
 
 
 def test_no_such_path(tmp_path: Path) -> None:
+    refused("", UsageError, "empty")
     refused(tmp_path / "nothing", UsageError, "no such file or folder", "nothing")
     refused(str(tmp_path / "model.pt"), UsageError, "no such file or folder")
     refused("models/model.safetensors", UsageError, "no such file or folder")
@@ -382,6 +384,27 @@ def test_torch_files_that_are_no_state_dict(tmp_path: Path) -> None:
     refused(path, UnsupportedError, "'a'", "sparse")
     torch.save({"a": torch.zeros(2, device="meta")}, path)
     refused(path, UnsupportedError, "'a'", "without values")
+
+
+@pytest.mark.parametrize("container", ["bin", "bin-legacy", "safetensors"])
+@pytest.mark.parametrize("seed", range(40))
+def test_random_damage_is_met_with_an_error_of_ours_or_not_at_all(container: str, seed: int, tmp_path: Path) -> None:
+    folder = make_statespaces(tmp_path, n_layer=1, container=container)
+    path = folder / ("model.safetensors" if container == "safetensors" else "pytorch_model.bin")
+    raw = bytearray(path.read_bytes())
+    start = raw.index(b"data.pkl") if container == "bin" else 0
+    source = random.Random(seed)
+    for _ in range(source.choice((1, 2, 5, 20))):
+        raw[start + source.randrange(2000)] = source.randrange(256)
+    path.write_bytes(raw)
+    met: list[MambaExportError] = []
+    try:
+        with open_checkpoint(folder) as checkpoint:
+            for tensor in checkpoint.tensors.values():
+                tensor.load()
+    except MambaExportError as error:
+        met.append(error)
+    assert all("\n" not in str(error) and error.exit_code in (2, 3) for error in met)
 
 
 # bare files

@@ -197,6 +197,50 @@ def test_unknown_entries_are_said() -> None:
     assert notes == ["config.json: 'unsloth_version' = '1' is ignored, as transformers ignores it"]
 
 
+# Configs in the manner of published models: JSON as it lies on the hub, the spec it must give, and what must be said.
+PUBLISHED: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "the first Mamba, converted, with mamba_ssm's options left in": (
+        """{"architectures": ["MambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "d_inner": 1536,
+        "d_model": 768, "eos_token_id": 0, "expand": 2, "fused_add_norm": true, "hidden_act": "silu",
+        "hidden_size": 768, "initializer_range": 0.1, "intermediate_size": 1536, "layer_norm_epsilon": 1e-05,
+        "model_type": "mamba", "n_layer": 24, "num_hidden_layers": 24, "pad_token_id": 0,
+        "pad_vocab_size_multiple": 8, "rescale_prenorm_residual": false, "residual_in_fp32": true,
+        "rms_norm": true, "ssm_cfg": {}, "state_size": 16, "time_step_floor": 0.0001, "time_step_max": 0.1,
+        "time_step_init_scheme": "random", "time_step_min": 0.001, "time_step_rank": 48, "time_step_scale": 1.0,
+        "torch_dtype": "float32", "transformers_version": "4.39.0.dev0", "use_bias": false, "use_cache": true,
+        "use_conv_bias": true, "vocab_size": 50280}""",
+        {"family": "mamba1", "d_inner": 1536, "n_layer": 24, "dt_rank": 48, "tie_embeddings": True, "d_state": 16},
+        [],
+    ),
+    "a Mamba-2 of the first transformers version that knew it": (
+        """{"model_type": "mamba2", "chunk_size": 256, "conv_kernel": 4, "expand": 2, "head_dim": 64,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 8192, "layer_norm_epsilon": 1e-05,
+        "n_groups": 8, "norm_before_gate": true, "num_heads": 128, "num_hidden_layers": 64, "rms_norm": true,
+        "state_size": 128, "time_step_limit": [0.0, Infinity], "time_step_rank": 256, "vocab_size": 32768,
+        "use_bias": false, "use_conv_bias": true, "tie_word_embeddings": false, "torch_dtype": "bfloat16"}""",
+        {"family": "mamba2", "d_inner": 8192, "gated_norm_group_size": 1024, "norm_before_gate": False},
+        ["norm_before_gate"],
+    ),
+    "Falcon-Mamba, whose expand is not what it says": (
+        """{"model_type": "falcon_mamba", "hidden_size": 4096, "expand": 16, "intermediate_size": 8192,
+        "num_hidden_layers": 64, "state_size": 16, "time_step_rank": 256, "vocab_size": 65024,
+        "tie_word_embeddings": false, "use_mambapy": false, "use_bias": false, "use_conv_bias": true}""",
+        {"family": "mamba1", "d_inner": 8192, "bcdt_norm_eps": 1e-6, "tie_embeddings": False, "dt_rank": 256},
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_in_the_manner_of_published_models(name: str) -> None:
+    text, fields, said = PUBLISHED[name]
+    notes: list[str] = []
+    spec = huggingface.spec_from_config(json.loads(text), "config.json", notes)
+    assert {field: getattr(spec, field) for field in fields} == fields
+    assert len(notes) == len(said)
+    assert all(word in note for word, note in zip(said, notes, strict=True))
+
+
 @pytest.mark.parametrize(
     "limit", [[0.0, {"__float__": "Infinity"}], [0.0, math.inf], [0.0, "Infinity"], (0.0, math.inf), [0, None]]
 )
