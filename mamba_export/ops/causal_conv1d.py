@@ -90,19 +90,23 @@ def _mask(op: Builder, x: ir.Value, like: ir.Value, seq_lens: ir.Value) -> ir.Va
 
 
 def _portable(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
+    """Standard ops, in float32 as the definition: opset 20 has no bfloat16 Conv, and float16 would round each product."""
     x, weight, bias, state = inputs[:4]
     channels, kernel = static_dim(weight, 0), static_dim(weight, 1)
     ragged = attributes["ragged"]
+    dtype, wide = x.dtype, ir.DataType.FLOAT
+    assert dtype is not None
     clean = _mask(op, x, x, inputs[4]) if ragged else x
     padded = op.Concat(state, op.Transpose(clean, perm=[0, 2, 1]), axis=2)
+    columns, weight, bias = (op.to(v, wide, dtype) for v in (padded, weight, bias))
     if x.shape is not None and x.shape[1] == 1 and not ragged:
-        product = op.ReduceSum(op.Mul(padded, weight), op.i64([2]), keepdims=0)  # [B, C]
+        product = op.ReduceSum(op.Mul(columns, weight), op.i64([2]), keepdims=0)  # [B, C]
         y = op.unsqueeze(op.Add(product, bias), 1)
-        y = op.silu(y) if attributes["activation"] else y
+        y = op.to(op.silu(y) if attributes["activation"] else y, dtype, wide)
     else:
         kernel_3d = op.Reshape(weight, op.i64([channels, 1, kernel]))
-        y = op.Conv(padded, kernel_3d, bias, group=channels)
-        y = op.silu(y) if attributes["activation"] else y
+        y = op.Conv(columns, kernel_3d, bias, group=channels)
+        y = op.to(op.silu(y) if attributes["activation"] else y, dtype, wide)
         y = op.Transpose(y, perm=[0, 2, 1])
         y = _mask(op, y, y, inputs[4]) if ragged else y
     return [y, _present(op, padded, inputs, attributes)]
