@@ -32,6 +32,8 @@ def spec_from_shapes(tensors: dict[str, LazyTensor], where: str, assumptions: li
         CheckpointError: the tensors are not those of a Mamba language model, or contradict each other.
     """
     shapes = _Shapes(tensors, where)
+    if not tensors:
+        raise CheckpointError(f"{where} holds no tensors", "give the file of a trained model")
     if not any(_LAYER.match(name) for name in tensors):
         example = next(iter(tensors))
         raise UnsupportedError(

@@ -19,6 +19,7 @@ from mamba_export.checkpoint.storage import (
     open_weights,
 )
 from mamba_export.errors import CheckpointError, MambaExportError, UnsupportedError, UsageError
+from mamba_export.spec import ModelSpec
 
 CONFIG = "config.json"
 PARAMS = "params.json"
@@ -78,30 +79,36 @@ def open_checkpoint(path: str | Path, format: str | None = None) -> Checkpoint:
 
 
 def _open(source: Source) -> Checkpoint:
+    assumptions: list[str] = []
+    spec = _spec(source, assumptions)  # first, so that an unsupported model is named before its weights are touched
     weights = _weights(source)
     try:
-        return _read(source, weights)
+        return _read(source, spec, weights, assumptions)
     except BaseException:
         weights.close()
         raise
 
 
-def _read(source: Source, weights: Weights) -> Checkpoint:
-    assumptions: list[str] = []
-    described_by = source.config_path.name if source.config_path else weights.where
+def _spec(source: Source, assumptions: list[str]) -> ModelSpec | None:
+    if source.config_path is None:
+        return None
+    where = source.config_path.name
     if source.format == "state-spaces":
-        spec = statespaces.spec_from_config(source.config, described_by)
+        return statespaces.spec_from_config(source.config, where)
+    if source.format == "codestral":
+        return codestral.spec_from_params(source.config, where)
+    return huggingface.spec_from_config(source.config, where, assumptions)
+
+
+def _read(source: Source, spec: ModelSpec | None, weights: Weights, assumptions: list[str]) -> Checkpoint:
+    described_by = source.config_path.name if source.config_path else weights.where
+    if source.format in ("state-spaces", "codestral"):
         found = canonical(weights)
-    elif source.format == "codestral":
-        spec = codestral.spec_from_params(source.config, described_by)
-        found = canonical(weights)
-    elif source.format == "huggingface":
-        spec = huggingface.spec_from_config(source.config, described_by, assumptions)
-        found = huggingface.drop_weightless(canonical(weights, huggingface.rename))
     else:
         found = canonical(weights, huggingface.rename)
-        if not found:
-            raise CheckpointError(f"{weights.where} holds no tensors", _SUPPORTED)
+    if source.format == "huggingface":
+        found = huggingface.drop_weightless(found)
+    if spec is None:
         spec = bare.spec_from_shapes(found, weights.where, assumptions)
     prefix = common_prefix(weights.tensors)
     spell = huggingface.spell if source.format == "huggingface" else str

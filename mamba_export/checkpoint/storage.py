@@ -41,7 +41,6 @@ ITEM_SIZES = {
 WEIGHT_DTYPES = ("float16", "bfloat16", "float32", "float64")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
-_CHECKED_AT_ONCE = 1 << 22
 _MAP_FROM = 1 << 20  # smaller tensors are read, not mapped
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)$")
 
@@ -78,24 +77,6 @@ class LazyTensor:
         Do not write into it: the file would not change, but the next :meth:`load` might.
         """
         return self._load()
-
-    def load_finite(self) -> torch.Tensor:
-        """The same as :meth:`load`, with every value checked.
-
-        Raises:
-            CheckpointError: when one is NaN or infinite.
-        """
-        values = self._load()
-        flat = values.reshape(-1)
-        for start in range(0, self.numel, _CHECKED_AT_ONCE):
-            part = flat[start : start + _CHECKED_AT_ONCE]
-            if not bool(part.isfinite().all()):
-                kind = "NaN" if bool(part.isnan().any()) else "infinite"
-                raise CheckpointError(
-                    f"tensor '{self.source_name}' in {self.file.name} holds {kind} values",
-                    "the training run has diverged or the file is damaged",
-                )
-        return values
 
     def renamed(self, name: str) -> LazyTensor:
         """The same tensor under another canonical name."""

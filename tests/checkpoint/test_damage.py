@@ -108,6 +108,13 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> N
     save_weights(folder, weights, "safetensors")
 
 
+def test_unsupported_model_is_named_before_its_weights_are_touched(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "jamba", "hidden_size": 8}')
+    refused(tmp_path, UnsupportedError, "'jamba'")
+    hostile_zip(tmp_path / "pytorch_model.bin")
+    refused(tmp_path, UnsupportedError, "'jamba'")
+
+
 def test_missing_tensor(tmp_path: Path) -> None:
     folder = make_huggingface(tmp_path)
     rewrite(folder, lambda w: w.pop("backbone.layers.1.mixer.D"))
@@ -176,16 +183,6 @@ def test_falcon_norms_with_weights(tmp_path: Path) -> None:
     folder = make_huggingface(tmp_path, "falcon_mamba")
     rewrite(folder, lambda w: w.update({"backbone.layers.1.mixer.dt_layernorm.weight": torch.full((64,), 0.5)}))
     refused(folder, UnsupportedError, "'backbone.layers.1.mixer.dt_layernorm.weight'")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite(value: float, tmp_path: Path) -> None:
-    folder = make_huggingface(tmp_path)
-    rewrite(folder, lambda w: w["backbone.layers.1.norm.weight"].__setitem__(7, value))
-    tensors = open_checkpoint(folder).tensors
-    assert tensors["backbone.layers.0.norm.weight"].load_finite().shape == (32,)
-    with pytest.raises(CheckpointError, match=r"backbone.layers.1.norm.weight.*(NaN|infinite)"):
-        tensors["backbone.layers.1.norm.weight"].load_finite()
 
 
 # safetensors files

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from mamba_export.checkpoint import FORMATS, Checkpoint, expected_tensors, open_checkpoint
 from mamba_export.checkpoint.storage import open_weights
+from mamba_export.errors import CheckpointError
 from tests.make_checkpoints import (
     CASES,
     MAMBA2,
@@ -212,6 +213,8 @@ def test_old_falcon_checkpoints_may_hold_weights_of_one_for_their_weightless_nor
     weights["backbone.layers.1.mixer.dt_rms"] = torch.ones(64)
     save_weights(folder, weights, "safetensors")
     assert len(open_checkpoint(folder).tensors) == len(weights) - 2
+    with pytest.raises(CheckpointError, match="b_layernorm"):  # without a config nothing says how to norm
+        open_checkpoint(folder / "model.safetensors", format="bare")
 
 
 def test_tokenizer_and_end_of_text(tmp_path: Path) -> None:
