@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mamba_export.runtime import OrtRunner, Runner
     from mamba_export.spec import ModelSpec
     from mamba_export.states import State, state_table
-    from mamba_export.verify import verify
+    from mamba_export.verification import verify
 
 _HOMES = {
     "Bundle": "mamba_export.bundle",
@@ -32,7 +32,7 @@ _HOMES = {
     "export_onnx": "mamba_export.export",
     "open_checkpoint": "mamba_export.checkpoint",
     "state_table": "mamba_export.states",
-    "verify": "mamba_export.verify",
+    "verify": "mamba_export.verification",
 }
 
 __all__ = [

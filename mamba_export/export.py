@@ -33,7 +33,7 @@ from mamba_export.tokens import check_tokenizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from mamba_export.verify.report import VerificationReport
+    from mamba_export.verification.report import VerificationReport
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -158,7 +158,7 @@ def _write(
             graphs.manifest.checkpoint = _source(checkpoint, checkpoint.sha256(tick))
         writer.finish(graphs.manifest)
         if verify:
-            from mamba_export.verify import verify_bundle
+            from mamba_export.verification import verify_bundle
 
             bundle = Bundle(writer.path, check=False)
             report = verify_bundle(bundle, checkpoint, progress=progress)

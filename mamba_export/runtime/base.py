@@ -47,3 +47,6 @@ class Runner(Protocol):
 
     def state_to_numpy(self, state: StateValues) -> dict[str, NDArray[Any]]:
         """A copy of the state on the host, in the layout of the runner's state table."""
+
+    def state_from_numpy(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
+        """Put host arrays [batch, …], named and laid out as in the state table, where the engine reads them."""

@@ -16,6 +16,7 @@ from mamba_export.bundle import PREFILL, STEP, Bundle
 from mamba_export.errors import EnvironmentProblem, MissingExtraError
 from mamba_export.extras import available, require
 from mamba_export.runtime.base import Ids, Logits, StateValues
+from mamba_export.runtime.ort_loop import OrtStepLoop
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -93,6 +94,15 @@ class OrtRunner:
 
     def step(self, input_ids: Ids, state: StateValues) -> tuple[Logits, StateValues]:
         return self._run(self.step_session, {"input_ids": input_ids}, state)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether ``prefill`` takes ``seq_lens``."""
+        return self.bundle.manifest.ragged
+
+    def step_loop(self, state: StateValues, batch: int) -> OrtStepLoop:
+        """A decode loop that starts from ``state`` of ``batch`` rows and changes its own copy in place."""
+        return OrtStepLoop(self.step_session, self.bundle.states, state, batch, self.spec.vocab_size, self.device)
 
     def _run(
         self, session: ort.InferenceSession, feed: dict[str, NDArray[Any]], state: StateValues

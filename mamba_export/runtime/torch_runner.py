@@ -1,0 +1,68 @@
+"""Run a checkpoint itself, in torch on the CPU: the oracle of verification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mamba_export.checkpoint import Checkpoint
+from mamba_export.models.lm import MambaLM, build_model
+from mamba_export.models.weights import load_model
+from mamba_export.runtime.base import Ids, Logits, StateValues
+from mamba_export.states import Layout, state_table
+
+
+class TorchRunner:
+    """The torch model behind the Runner protocol; logits are always those of every position.
+
+    Args:
+        checkpoint: an open checkpoint.
+        dtype: what the weights are rounded to, as in the bundle it is compared with.
+        compute: the precision of the arithmetic, ``fp32`` or ``fp64``.
+        layout: in which :meth:`state_to_numpy` gives Mamba-2 states.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: str = "fp32", compute: str = "fp32", layout: Layout = "PN"
+    ) -> None:
+        self.spec, self.layout = checkpoint.spec, layout
+        self._wide = torch.float64 if compute == "fp64" else torch.float32
+        self.prefill_model = load_model(checkpoint, dtype, compute)
+        self.step_model = _step_twin(self.prefill_model, compute)
+
+    def initial_state(self, batch: int) -> StateValues:
+        states = state_table(self.spec, "fp32")
+        return {s.name: torch.zeros(batch, *s.shape, dtype=self._wide) for s in states}
+
+    def prefill(
+        self, input_ids: Ids, state: StateValues, seq_lens: NDArray[np.int32] | None = None
+    ) -> tuple[Logits, StateValues]:
+        lens = None if seq_lens is None else torch.from_numpy(seq_lens.astype(np.int32))
+        return self._run(self.prefill_model, input_ids, state, lens)
+
+    def step(self, input_ids: Ids, state: StateValues) -> tuple[Logits, StateValues]:
+        return self._run(self.step_model, input_ids, state, None)
+
+    def state_to_numpy(self, state: StateValues) -> dict[str, NDArray[Any]]:
+        arrays = {name: value.numpy() for name, value in state.items()}
+        if self.layout == "NP" and self.spec.family == "mamba2":
+            swap = {name: a.swapaxes(-1, -2) for name, a in arrays.items() if name.startswith("ssm_state")}
+            arrays.update(swap)
+        return arrays
+
+    def _run(
+        self, model: MambaLM, ids: Ids, state: StateValues, seq_lens: torch.Tensor | None
+    ) -> tuple[Logits, StateValues]:
+        with torch.inference_mode():
+            logits, *presents = model(torch.from_numpy(np.ascontiguousarray(ids)), list(state.values()), seq_lens)
+        return logits.float().numpy(), dict(zip(state, presents, strict=True))
+
+
+def _step_twin(model: MambaLM, compute: str) -> MambaLM:
+    """The step model over the same weights."""
+    twin = build_model(model.spec, compute, step=True)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    return twin

@@ -1,0 +1,178 @@
+"""Compare a bundle with its checkpoint through Polygraphy's comparator.
+
+A scenario is a way to walk through a sequence: in one piece, in random pieces, in ragged rows, and then 32 steps with
+given tokens. Each is run by the bundle's runner and by the torch model on the same weights; logits and every state
+are compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mamba_export.bundle import Bundle
+from mamba_export.checkpoint import Checkpoint, open_checkpoint
+from mamba_export.errors import UsageError
+from mamba_export.extras import require
+from mamba_export.progress import Progress, silent
+from mamba_export.runtime.base import Runner
+from mamba_export.verification.report import TOLERANCES, OutputError, VerificationReport
+
+STEPS = 32
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One walk through token ids.
+
+    Attributes:
+        name: for the report.
+        ids: int64 [B, L], the prompt.
+        pieces: lengths that add up to L; the prompt is run in these pieces.
+        step_ids: int64 [B, S], the tokens of S steps after it.
+        seq_lens: int32 [B], for ragged rows (one piece then).
+    """
+
+    name: str
+    ids: NDArray[np.int64]
+    pieces: list[int]
+    step_ids: NDArray[np.int64]
+    seq_lens: NDArray[np.int32] | None = None
+
+    def run(self, runner: Runner) -> OrderedDict[str, NDArray[Any]]:
+        """Walk; returns ``logits`` of the prompt, ``logits of steps``, and every state after each of the two."""
+        state = runner.initial_state(self.ids.shape[0])
+        found: OrderedDict[str, NDArray[Any]] = OrderedDict()
+        parts, start = [], 0
+        for piece in self.pieces:
+            logits, state = runner.prefill(self.ids[:, start : start + piece], state, self.seq_lens)
+            parts.append(self._last_valid(logits))
+            start += piece
+        found["logits"] = np.concatenate(parts, axis=1)
+        found.update({f"present_{k}": v for k, v in runner.state_to_numpy(state).items()})
+        rows = []
+        for t in range(self.step_ids.shape[1]):
+            logits, state = runner.step(self.step_ids[:, t : t + 1], state)
+            rows.append(logits)
+        if rows:
+            found["logits of steps"] = np.concatenate(rows, axis=1)
+            found.update({f"present_{k} after steps": v for k, v in runner.state_to_numpy(state).items()})
+        return found
+
+    def _last_valid(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[B, 1, V] at the last valid position: what graphs with ``last`` and with ``all`` logits have in common."""
+        if logits.shape[1] == 1 or self.seq_lens is None:
+            return logits[:, -1:]
+        return np.take_along_axis(logits, (self.seq_lens - 1).astype(np.int64)[:, None, None], axis=1)
+
+
+def make_scenarios(vocab_size: int, ragged: bool, seed: int = 0) -> list[Scenario]:
+    """The scenarios of every verification, on random tokens."""
+    rng = np.random.default_rng(seed)
+
+    def ids(batch: int, length: int) -> NDArray[np.int64]:
+        return rng.integers(0, vocab_size, (batch, length), dtype=np.int64)
+
+    cuts = np.sort(rng.choice(np.arange(1, 61), size=4, replace=False))
+    pieces = np.diff([0, *cuts, 61]).tolist()
+    scenarios = [
+        Scenario("prompt of 67, 32 steps", ids(2, 67), [67], ids(2, STEPS)),
+        Scenario(f"prompt in pieces {'+'.join(map(str, pieces))}", ids(1, 61), pieces, ids(1, 1)),
+        Scenario("single tokens", ids(3, 2), [1, 1], ids(3, 1)),
+    ]
+    if ragged:
+        lens = np.array([19, 1, 7, 2], np.int32)
+        scenarios.append(Scenario("ragged rows 19, 1, 7, 2", ids(4, 19), [19], ids(4, 2), lens))
+    return scenarios
+
+
+def verify(
+    bundle: str | Path | Bundle, ckpt: str | Path, *, device: str = "cpu", progress: Progress = silent
+) -> VerificationReport:
+    """Compare the bundle at ``bundle`` with the checkpoint at ``ckpt`` in ONNX Runtime.
+
+    Args:
+        bundle: folder of the bundle, or an open one.
+        ckpt: folder, file or hub id of the checkpoint it was made from.
+        device: ``cpu`` or ``cuda``.
+        progress: gets told what is being done.
+
+    Returns:
+        The report; check its ``ok`` or call ``raise_if_failed``.
+
+    Raises:
+        UsageError: the checkpoint is another model.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    require("torch", "polygraphy", extra="export", purpose="verify")
+    with open_checkpoint(ckpt) as checkpoint:
+        if checkpoint.spec != opened.spec:
+            changed = [k for k, v in checkpoint.spec.to_dict().items() if opened.manifest.spec.get(k) != v]
+            raise UsageError(
+                f"{ckpt} is not the checkpoint of this bundle: {', '.join(changed)} differ",
+                f"the bundle was made from '{opened.manifest.checkpoint.get('name')}'",
+            )
+        return verify_bundle(opened, checkpoint, device=device, progress=progress)
+
+
+def verify_bundle(
+    bundle: Bundle, checkpoint: Checkpoint, *, device: str = "cpu", progress: Progress = silent
+) -> VerificationReport:
+    """:func:`verify` on things already open."""
+    require("polygraphy", "onnxruntime", extra="export", purpose="verify")
+    from mamba_export.runtime.ort import OrtRunner
+
+    runner = OrtRunner(bundle, device, threads=_threads(checkpoint.n_parameters))
+    return compare_with_checkpoint(runner, f"ONNX Runtime, {device}", bundle, checkpoint, progress)
+
+
+def compare_with_checkpoint(
+    runner: Runner, runtime: str, bundle: Bundle, checkpoint: Checkpoint, progress: Progress = silent
+) -> VerificationReport:
+    """Run every scenario through ``runner`` and through torch, and compare.
+
+    Args:
+        runner: whatever runs the bundle.
+        runtime: its name, for the report.
+        bundle: tells dtype, layout and whether rows may be ragged.
+        checkpoint: the truth.
+        progress: gets told what is being done.
+    """
+    from mamba_export.runtime.torch_runner import TorchRunner
+    from mamba_export.verification.polygraphy_runner import run_both
+
+    scenarios = make_scenarios(bundle.spec.vocab_size, bundle.manifest.ragged)
+    report = VerificationReport(runtime, bundle.manifest.dtype)
+    tolerance = TOLERANCES[bundle.manifest.dtype]
+    with progress.stage("verify", total=2 * len(scenarios)) as tick, _torch_threads(checkpoint.n_parameters):
+        oracle = TorchRunner(checkpoint, bundle.manifest.dtype, "fp32", bundle.target.ssm_layout)
+        for scenario in scenarios:
+            found, wanted = run_both(scenario, runner, oracle)
+            tick(2)
+            for name, reference in wanted.items():
+                report.errors.append(OutputError.of(scenario.name, name, found[name], reference, tolerance))
+    return report
+
+
+def _threads(parameters: int) -> int | None:
+    """One thread for small models, where handing out work costs more than the work; else the engine's choice."""
+    return 1 if parameters < 100_000_000 else None
+
+
+@contextlib.contextmanager
+def _torch_threads(parameters: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(_threads(parameters) or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
