@@ -67,9 +67,7 @@ class OrtRunner:
         return make_session(self.bundle, STEP, self.device, self._threads)
 
     def initial_state(self, batch: int) -> StateValues:
-        return self.state_from_numpy(
-            {s.name: np.zeros((batch, *s.shape), _NUMPY[s.dtype]) for s in self.bundle.states}
-        )
+        return self.state_from_numpy({s.name: np.zeros((batch, *s.shape), _NUMPY[s.dtype]) for s in self.bundle.states})
 
     def state_from_numpy(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
         """Put host arrays, named as in the state table, where the engine reads them."""
@@ -122,9 +120,7 @@ class OrtRunner:
 _NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
 
-def make_session(
-    bundle: Bundle, graph: str, device: str = "cpu", threads: int | None = None
-) -> ort.InferenceSession:
+def make_session(bundle: Bundle, graph: str, device: str = "cpu", threads: int | None = None) -> ort.InferenceSession:
     """An ONNX Runtime session of one of the bundle's graphs.
 
     Graphs that hold plugin ops without function bodies get the bodies first (this needs the ``export`` extra), and

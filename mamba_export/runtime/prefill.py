@@ -97,7 +97,7 @@ def _prefill_padded(
         logits, state = runner.prefill(piece, state, valid)
         if final is None:
             final = np.zeros((len(rows), logits.shape[2]), np.float32)
-        for i in np.flatnonzero((valid > 0) & (lengths - start <= chunk)):
+        for i in np.flatnonzero((valid > 0) & (lengths - start <= chunk)).tolist():
             final[i] = logits[i, valid[i] - 1 if logits.shape[1] > 1 else -1]
         if tick is not None:
             tick(int(valid.sum()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -89,8 +90,8 @@ class Sampler:
             vocab_size: columns of the logits.
         """
         self.sampling = sampling
-        entropy = np.random.SeedSequence().entropy if sampling.seed is None else sampling.seed
-        self._rngs = [np.random.Generator(np.random.PCG64([int(entropy or 0), row])) for row in range(len(seen))]
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self._rngs = [np.random.Generator(np.random.PCG64([seed, row])) for row in range(len(seen))]
         self._seen: NDArray[np.bool_] | None = None
         if sampling.repetition_penalty != 1:
             self._seen = np.zeros((len(seen), vocab_size), np.bool_)

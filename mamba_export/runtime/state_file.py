@@ -125,11 +125,11 @@ def _write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
+        Path(partial).chmod(0o644)
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(partial)
+            Path(partial).unlink()
         raise
 
 
@@ -189,13 +189,15 @@ def _split(path: Path, content: bytes) -> tuple[dict[str, Any], memoryview]:
 def _array(entry: dict[str, Any], data: memoryview) -> NDArray[Any]:
     start, end = entry["data_offsets"]
     shape = tuple(int(dim) for dim in entry["shape"])
-    return np.frombuffer(data[start:end], _DTYPES[entry["dtype"]]).reshape(shape).copy()
+    array: NDArray[Any] = np.frombuffer(data[start:end], _DTYPES[entry["dtype"]]).reshape(shape)
+    return array.copy()
 
 
 def _check_shapes(path: Path, snapshot: Snapshot, spec: ModelSpec) -> None:
     batch = len(snapshot.tokens)
     wanted = {state.name: (batch, *state.shape) for state in state_table(spec, "fp32")}
     found = {name: array.shape for name, array in snapshot.arrays.items()}
-    good_tokens = all(row and all(isinstance(t, int) and 0 <= t < spec.vocab_size for t in row) for row in snapshot.tokens)
-    if found != wanted or not batch or not good_tokens:
+    known = range(spec.vocab_size)
+    good = all(row and all(isinstance(token, int) and token in known for token in row) for row in snapshot.tokens)
+    if found != wanted or not batch or not good:
         raise UsageError(f"{path} does not hold the states of this model", "start again without --load-state")
