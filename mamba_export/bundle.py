@@ -45,6 +45,8 @@ class Manifest:
     requires: str = ""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     verification: dict[str, Any] | None = None
+    engines: list[dict[str, Any]] = field(default_factory=list)
+    """What was built of the graphs, one entry a file under engines/; see :mod:`mamba_export.engine.build`."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -117,6 +119,10 @@ class Bundle:
     def save_verification(self, verification: dict[str, Any]) -> None:
         """Record verification results in the manifest, atomically."""
         self.manifest.verification = verification
+        self.save_manifest()
+
+    def save_manifest(self) -> None:
+        """Write the manifest as it stands, atomically."""
         target = self.path / MANIFEST
         partial = target.with_suffix(".partial")
         partial.write_text(_dump(asdict(self.manifest)))
