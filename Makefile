@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # A CPU build is enough for export, verification and the tests. Any torch the project accepts may be named here.
 TORCH ?= torch==2.13.0
+# Two processes: torch and ONNX Runtime keep the cores busy by themselves. A file's tests stay together.
+WORKERS := -n 2 --dist loadfile
 EXAMPLE := examples/mamba1-tiny
 DEMO := out/mamba1-tiny
 
@@ -25,12 +27,12 @@ help: ## Show this list.
 
 .venv/run: .venv/python pyproject.toml setup.py # the package with all that the main job needs
 	@echo "installing into .venv (a few minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[export,cpu]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[export,cpu]"
 	@touch $@
 
 .venv/dev: .venv/run # and with the tools of a developer
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --editable ".[dev]"
 	@touch $@
 
 demo: .venv/run ## Export the checkpoint in examples/, verify it, and write text with it.
@@ -38,10 +40,10 @@ demo: .venv/run ## Export the checkpoint in examples/, verify it, and write text
 	$(RUN) generate $(DEMO) --prompt "def read_file(path):" -n 48
 
 test: .venv/dev ## All tests that need no GPU; lint is one of them.
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu" $(WORKERS) $(ARGS)
 
 test-fast: .venv/dev ## The tests that take less than ten seconds each.
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(WORKERS) $(ARGS)
 
 gpu-test: .venv/dev ## The tests that need an NVIDIA GPU.
 	$(BIN)/python -m pytest -m gpu $(ARGS)
