@@ -125,7 +125,7 @@ class Bundle:
         """Write the manifest as it stands, atomically."""
         target = self.path / MANIFEST
         partial = target.with_suffix(".partial")
-        partial.write_text(_dump(asdict(self.manifest)))
+        partial.write_text(_dump(asdict(self.manifest)), encoding="utf-8")
         os.replace(partial, target)
 
 
