@@ -36,8 +36,8 @@ help: ## Show this list.
 	@touch $@
 
 demo: .venv/run ## Export the checkpoint in examples/, verify it, and write text with it.
-	$(RUN) onnx --ckpt $(EXAMPLE) -o $(DEMO) --force
-	$(RUN) generate $(DEMO) --prompt "def read_file(path):" -n 48
+	$(RUN) onnx --ckpt $(EXAMPLE) -o $(DEMO) --target ort --force
+	$(RUN) generate $(DEMO) --prompt "def read_file(path):" --echo -n 64
 
 test: .venv/dev ## All tests that need no GPU; lint is one of them.
 	$(BIN)/python -m pytest -m "not gpu" $(WORKERS) $(ARGS)
