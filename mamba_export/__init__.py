@@ -14,12 +14,15 @@ from mamba_export.version import __version__
 if TYPE_CHECKING:
     from mamba_export.bundle import Bundle
     from mamba_export.checkpoint import Checkpoint, open_checkpoint
+    from mamba_export.diagnosis import doctor
     from mamba_export.errors import MambaExportError
     from mamba_export.export import export_onnx
+    from mamba_export.inspection import inspect
     from mamba_export.runtime import OrtRunner, Runner
     from mamba_export.spec import ModelSpec
     from mamba_export.states import State, state_table
     from mamba_export.verification import verify
+    from mamba_export.verification.perplexity import perplexity
 
 _HOMES = {
     "Bundle": "mamba_export.bundle",
@@ -29,8 +32,11 @@ _HOMES = {
     "OrtRunner": "mamba_export.runtime",
     "Runner": "mamba_export.runtime",
     "State": "mamba_export.states",
+    "doctor": "mamba_export.diagnosis",
     "export_onnx": "mamba_export.export",
+    "inspect": "mamba_export.inspection",
     "open_checkpoint": "mamba_export.checkpoint",
+    "perplexity": "mamba_export.verification.perplexity",
     "state_table": "mamba_export.states",
     "verify": "mamba_export.verification",
 }
@@ -44,8 +50,11 @@ __all__ = [
     "Runner",
     "State",
     "__version__",
+    "doctor",
     "export_onnx",
+    "inspect",
     "open_checkpoint",
+    "perplexity",
     "state_table",
     "verify",
 ]

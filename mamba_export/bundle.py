@@ -206,7 +206,9 @@ def write_bundle(out: str | Path, force: bool = False, needed: int = 0) -> Itera
         _move_into_place(partial, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise EnvironmentProblem(f"the disk of {out.parent} is full", "free some space or choose another -o") from error
+            raise EnvironmentProblem(
+                f"the disk of {out.parent} is full", "free some space or choose another -o"
+            ) from error
         raise UsageError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         if partial is not None:

@@ -56,7 +56,9 @@ class Console:
     def line(self, label: str, text: str) -> None:
         """One summary line on stderr: a label in the left column, facts behind it."""
         if not self.quiet:
-            self.rich.print(f"[bold]{label:<11}[/bold] {text}", markup=True)
+            from rich.text import Text
+
+            self.rich.print(Text.assemble((f"{label:<11} ", "bold"), text))
 
     def note(self, text: str) -> None:
         """A remark on stderr."""
@@ -69,13 +71,14 @@ class Console:
             return
         from rich.console import Console as RichConsole
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        table = Table(title=title or None, title_justify="left", box=None, pad_edge=False, show_header=any(columns))
         for i, column in enumerate(columns):
             numeric = all(row[i][:1] in "0123456789-+." for row in rows if row[i])
             table.add_column(column, justify="right" if numeric and i else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell) for cell in row))
         wide = None if sys.stdout.isatty() else 160
         target = RichConsole(highlight=False, width=wide) if stdout else self.rich
         target.print(table)

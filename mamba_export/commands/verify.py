@@ -27,9 +27,7 @@ def command(console: Console, bundle: str, ckpt: str, device: str) -> None:
 
     report = verify(bundle, ckpt, device=device, progress=console)
     errors = report.errors if console.verbose else _worst_per_kind(report.errors)
-    rows = [
-        [e.scenario, e.output, f"{e.max_abs:.1e}", f"{e.relative:.1e}", "✓" if e.ok else "✗"] for e in errors
-    ]
+    rows = [[e.scenario, e.output, f"{e.max_abs:.1e}", f"{e.relative:.1e}", "✓" if e.ok else "✗"] for e in errors]
     console.table("", ["scenario", "output", "max|Δ|", "relative", ""], rows, stdout=True)
     console.line("verify", report.summary())
     console.result(report.to_dict())

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mamba_export.graph.passes import FoldConstantsPass, FuseLinearPass, replace_node
+from mamba_export.graph.passes import FoldConstantsPass, FuseLinearPass, WidenPass, replace_node
 from mamba_export.graph.trace import OPSET
 from mamba_export.ops import DOMAIN, OPS, OpDef
 from mamba_export.ops.builder import Builder
@@ -22,7 +22,7 @@ PLUGIN_ATTRIBUTES = {"plugin_namespace": "", "plugin_version": "1"}
 def lower(model: ir.Model, spec: ModelSpec, dtype: str, target: Target) -> ir.Model:
     """The traced ``model`` in the dialect of ``target``; changed in place and returned."""
     passes: list[ir.passes.PassBase] = [LowerOpsPass(target)]
-    if target.flavour == "ort":
+    if target.flavour != "portable":
         passes.append(FuseLinearPass())
     passes += [FoldConstantsPass(), ir.passes.common.RemoveUnusedNodesPass()]
     ir.passes.Sequential(*passes)(model)
@@ -120,9 +120,17 @@ def _static_shape(value: ir.Value) -> ir.Shape | None:
     return ir.Shape([dim if isinstance(dim, int) else None for dim in value.shape])
 
 
-def with_functions(path: Path) -> bytes:
-    """The model at ``path`` with a function body for every plugin op, serialized; weights stay external."""
+def for_stock_runtime(path: Path, bodies: bool, widen: bool) -> bytes:
+    """The model at ``path`` for a runtime that lacks something, serialized; weights stay external.
+
+    Args:
+        path: a graph of a bundle.
+        bodies: attach a function body to every plugin op.
+        widen: compute bfloat16 in float32.
+    """
     model = ir.load(path)
-    lowering = LowerOpsPass(get_target("tensorrt"))
-    lowering(model)
+    if bodies:
+        LowerOpsPass(get_target("tensorrt"))(model)
+    if widen:
+        WidenPass()(model)
     return ir.to_proto(model).SerializeToString()

@@ -163,3 +163,41 @@ class FuseLinearPass(ir.passes.InPlacePass):
             modified = True
         ir.passes.common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified)
+
+
+class WidenPass(ir.passes.InPlacePass):
+    """bfloat16 becomes float32 everywhere but in the weights, which are cast where they are used.
+
+    For runtimes without bfloat16 kernels. What the graph computes keeps its weights and gains precision.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        narrow = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
+        for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            self._widen(graph)
+        for value in narrow:
+            value.dtype = ir.DataType.BFLOAT16
+            cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(ir.DataType.FLOAT))], name=f"{value.name}_wide")
+            cast.outputs[0].name = f"{value.name}_wide"
+            value.replace_all_uses_with(cast.outputs[0])
+            cast.replace_input_with(0, value)
+            model.graph.insert_before(model.graph[0], cast)
+        return ir.passes.PassResult(model, modified=True)
+
+    @staticmethod
+    def _widen(graph: ir.Graph) -> None:
+        values = [*graph.inputs]
+        for node in graph.all_nodes():
+            values += node.outputs
+            if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.BFLOAT16:
+                node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+            tensor = (
+                node.attributes["value"].as_tensor()
+                if "value" in node.attributes and node.op_type == "Constant"
+                else None
+            )
+            if tensor is not None and tensor.dtype == ir.DataType.BFLOAT16:
+                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(tensor.numpy().astype(np.float32)))
+        for value in values:
+            if value.dtype == ir.DataType.BFLOAT16:
+                value.dtype = ir.DataType.FLOAT

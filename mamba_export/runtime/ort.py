@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,15 +11,13 @@ from numpy.typing import NDArray
 
 from mamba_export.bundle import PREFILL, STEP, Bundle
 from mamba_export.errors import EnvironmentProblem, MissingExtraError
-from mamba_export.extras import available, require
+from mamba_export.extras import available
 from mamba_export.runtime.base import Ids, Logits, StateValues
 from mamba_export.runtime.ort_loop import OrtStepLoop
+from mamba_export.runtime.ort_session import PROVIDERS, make_session, state_dtype
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-
 
 class OrtRunner:
     """A bundle in ONNX Runtime; see :class:`mamba_export.runtime.base.Runner`.
@@ -54,7 +49,6 @@ class OrtRunner:
             )
         self.bundle, self.spec, self.device = bundle, bundle.spec, device
         self._threads = threads
-        self._dtypes = {state.name: _NUMPY[state.dtype] for state in bundle.states if state.dtype != "bf16"}
 
     @functools.cached_property
     def prefill_session(self) -> ort.InferenceSession:
@@ -67,7 +61,8 @@ class OrtRunner:
         return make_session(self.bundle, STEP, self.device, self._threads)
 
     def initial_state(self, batch: int) -> StateValues:
-        return self.state_from_numpy({s.name: np.zeros((batch, *s.shape), _NUMPY[s.dtype]) for s in self.bundle.states})
+        states, device = self.bundle.states, self.device
+        return self.state_from_numpy({s.name: np.zeros((batch, *s.shape), state_dtype(s, device)) for s in states})
 
     def state_from_numpy(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
         """Put host arrays, named as in the state table, where the engine reads them."""
@@ -115,45 +110,3 @@ class OrtRunner:
     @functools.cached_property
     def _output_names(self) -> Sequence[str]:
         return ["logits", *(state.present for state in self.bundle.states)]
-
-
-_NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
-
-
-def make_session(bundle: Bundle, graph: str, device: str = "cpu", threads: int | None = None) -> ort.InferenceSession:
-    """An ONNX Runtime session of one of the bundle's graphs.
-
-    Graphs that hold plugin ops without function bodies get the bodies first (this needs the ``export`` extra), and
-    bfloat16 graphs, which ONNX Runtime's CPU can't run, are refused.
-
-    Raises:
-        EnvironmentProblem: ONNX Runtime can't run this graph; the message says why.
-    """
-    import onnxruntime
-
-    if bundle.manifest.dtype == "bf16" and device == "cpu":
-        raise EnvironmentProblem(
-            "ONNX Runtime has no bfloat16 kernels on the CPU", "run it on a GPU, or export with --dtype fp32"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    path: Path = bundle.file(graph)
-    source: str | bytes = str(path)
-    if bundle.target.plugins and not bundle.target.functions:
-        require("torch", "onnx_ir", extra="export", purpose=f"running a {bundle.target.name} bundle without TensorRT")
-        from mamba_export.graph.lower import with_functions
-
-        source = with_functions(path)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
-    providers = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return onnxruntime.InferenceSession(source, options, providers=providers)
-    except Exception as error:  # onnxruntime raises its own classes, all plain Exceptions
-        wanted = f"; this bundle needs {bundle.manifest.requires}" if bundle.manifest.requires else ""
-        raise EnvironmentProblem(
-            f"onnxruntime {onnxruntime.__version__} can't run {graph}: {str(error).splitlines()[0][:300]}{wanted}"
-        ) from error

@@ -79,9 +79,7 @@ def perplexity(
 
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     tokenizer = opened.file(TOKENIZER)
-    tokens = (
-        data if isinstance(data, np.ndarray) else read_tokens(data, opened.spec.vocab_size, tokenizer)
-    )
+    tokens = data if isinstance(data, np.ndarray) else read_tokens(data, opened.spec.vocab_size, tokenizer)
     if stream:
         rows = tokens[None, : limit * window + 1 if limit else None]
         if rows.shape[1] < 2:

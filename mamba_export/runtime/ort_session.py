@@ -1,0 +1,81 @@
+"""ONNX Runtime sessions of a bundle's graphs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mamba_export.bundle import Bundle
+from mamba_export.errors import EnvironmentProblem
+from mamba_export.extras import require
+from mamba_export.states import State
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
+
+
+def state_dtype(state: State, device: str) -> Any:
+    """The numpy dtype in which a runner holds ``state``; bfloat16 graphs run in float32 on the CPU.
+
+    Raises:
+        EnvironmentProblem: for a bfloat16 state on a GPU: ONNX Runtime's Python API can't make one from numpy.
+    """
+    if state.dtype == "bf16" and device == "cpu":
+        return np.float32
+    if state.dtype not in _NUMPY:
+        raise EnvironmentProblem(
+            f"{state.name} is {state.dtype}, which ONNX Runtime's Python API can't pass to {device}",
+            "export with --dtype fp16 for ONNX Runtime on a GPU",
+        )
+    return _NUMPY[state.dtype]
+
+
+def make_session(bundle: Bundle, graph: str, device: str = "cpu", threads: int | None = None) -> ort.InferenceSession:
+    """An ONNX Runtime session of one of the bundle's graphs.
+
+    Two kinds of graph are changed in memory first, which needs the ``export`` extra: plugin ops without function
+    bodies get the bodies, and on the CPU, which has no bfloat16 kernels, bfloat16 is computed in float32.
+
+    Raises:
+        EnvironmentProblem: ONNX Runtime can't run this graph; the message says why.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    source = _source(bundle, graph, device)
+    if isinstance(source, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
+    providers = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return onnxruntime.InferenceSession(source, options, providers=providers)
+    except Exception as error:  # onnxruntime raises its own classes, all plain Exceptions
+        wanted = f"; this bundle needs {bundle.manifest.requires}" if bundle.manifest.requires else ""
+        raise EnvironmentProblem(
+            f"onnxruntime {onnxruntime.__version__} can't run {graph}: {str(error).splitlines()[0][:300]}{wanted}"
+        ) from error
+
+
+def _source(bundle: Bundle, graph: str, device: str) -> str | bytes:
+    """The graph as a path, or changed and serialized."""
+    path: Path = bundle.file(graph)
+    bodies = bundle.target.plugins and not bundle.target.functions
+    widen = bundle.manifest.dtype == "bf16" and device == "cpu"
+    if not bodies and not widen:
+        return os.fspath(path)
+    reason = f"a {bundle.target.name} bundle without TensorRT" if bodies else "a bfloat16 bundle on the CPU"
+    require("torch", "onnx_ir", "onnxscript", extra="export", purpose=f"running {reason}")
+    from mamba_export.graph.lower import for_stock_runtime
+
+    return for_stock_runtime(path, bodies, widen)
