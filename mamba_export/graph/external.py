@@ -63,7 +63,11 @@ def place_weights(graphs: list[ir.Model]) -> dict[str, Placement]:
 
 
 def write_weights(
-    checkpoint: Checkpoint, graph: ir.Model, placements: dict[str, Placement], file: BinaryIO, tick: Callable[[int], None]
+    checkpoint: Checkpoint,
+    graph: ir.Model,
+    placements: dict[str, Placement],
+    file: BinaryIO,
+    tick: Callable[[int], None],
 ) -> None:
     """Write the data of every placed tensor, in order, holding one at a time.
 
