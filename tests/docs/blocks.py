@@ -2,8 +2,8 @@
 
 A ``console`` fence is a session: lines that begin with ``$ `` are commands, the others are output. Output is compared
 line by line, in order, with every number masked, because times and sizes differ between machines; a line ``…`` stands
-for any lines left out, and a command without output lines is only run. A ``bash`` fence is a script. The blocks of a
-page run one after the other in one folder, like a reader would run them.
+for any lines left out, and a command without output lines is only run. ``bash`` and ``python`` fences are scripts. The
+blocks of a page run one after the other in one folder, like a reader would run them.
 
 ``<!-- not executed: reason -->`` on the line above a fence keeps it from being run; the reason shows in the summary.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _FENCE = re.compile(
-    r"^(?:<!-- not executed: (?P<reason>[^\n]+?) -->\n)?```(?P<kind>console|bash|sh|shell)\n(?P<body>.*?)^```$",
+    r"^(?:<!-- not executed: (?P<reason>[^\n]+?) -->\n)?```(?P<kind>console|bash|sh|shell|python)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 _NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
@@ -30,7 +30,7 @@ class Block:
     Attributes:
         page: the file it stands in.
         line: of its first line there.
-        kind: ``console`` or ``bash``.
+        kind: ``console``, ``bash`` or ``python``.
         body: its text.
         reason: why it isn't run; None when it is.
     """
@@ -61,6 +61,8 @@ def find_blocks(page: Path) -> list[Block]:
 
 def commands(block: Block) -> list[Command]:
     """What a block runs. A backslash at the end of a line continues a command."""
+    if block.kind == "python":
+        return [Command(f"python - <<'END_OF_BLOCK'\n{block.body}END_OF_BLOCK")]
     if block.kind != "console":
         return [Command(block.body)]
     found: list[Command] = []

@@ -70,21 +70,20 @@ def test_the_blocks_of_a_page_run(page: Path, desk: Path) -> None:
             run(block, desk)
 
 
-@pytest.mark.parametrize(
-    "block",
-    [block for blocks in BLOCKS.values() for block in blocks if block.reason is not None],
-    ids=lambda block: f"{name(block.page)}:{block.line}",
-)
-def test_a_block_left_out_says_why(block: Block) -> None:
-    assert block.reason is not None
-    assert len(block.reason.split()) >= 3, "the reason is a sentence, not a word"
-    pytest.skip(f"NOT EXECUTED: {name(block.page)}: {block.reason}")
+LEFT_OUT = [block for blocks in BLOCKS.values() for block in blocks if block.reason is not None]
+
+if LEFT_OUT:
+
+    @pytest.mark.parametrize("block", LEFT_OUT, ids=lambda block: f"{name(block.page)}:{block.line}")
+    def test_a_block_left_out_says_why(block: Block) -> None:
+        assert block.reason is not None
+        assert len(block.reason.split()) >= 3, "the reason is a sentence, not a word"
+        pytest.skip(f"NOT EXECUTED: {name(block.page)}: {block.reason}")
 
 
 def test_more_blocks_run_than_are_left_out() -> None:
-    every = [block for blocks in BLOCKS.values() for block in blocks]
-    left_out = [block for block in every if block.reason is not None]
-    assert len(every) > 2 * len(left_out), f"{len(left_out)} of {len(every)} blocks are not executed"
+    every = sum(len(blocks) for blocks in BLOCKS.values())
+    assert every > 2 * len(LEFT_OUT), f"{len(LEFT_OUT)} of {every} blocks are not executed"
 
 
 def test_a_page_that_shows_too_much_is_caught() -> None:
