@@ -40,7 +40,10 @@ template <typename T> using pair_t = typename Pair<T>::type;
 
 __device__ __forceinline__ float2 to_float2(float2 v) { return v; }
 __device__ __forceinline__ float2 to_float2(__half2 v) { return __half22float2(v); }
-__device__ __forceinline__ float2 to_float2(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+__device__ __forceinline__ float2 to_float2(__nv_bfloat162 v) {  // a shift and a mask: bfloat16 is the upper half
+  uint32_t bits = *reinterpret_cast<uint32_t*>(&v);
+  return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+}
 template <typename T> __device__ __forceinline__ pair_t<T> from_float2(float a, float b);
 template <> __device__ __forceinline__ float2 from_float2<float>(float a, float b) { return make_float2(a, b); }
 template <> __device__ __forceinline__ __half2 from_float2<__half>(float a, float b) {

@@ -40,9 +40,10 @@ typedef struct {
   size_t workspace_size;
 } mamba_ssd_scan_params;
 
-/* Tactics are numbers: 0 is the generic kernel (any size, FFMA); otherwise 1 + layout + 16 * (splits - 1), where
- * `layout` picks heads per block and `splits` cuts the sequence, with a state-only pass over all but the last
- * piece. mamba_ssd_scan_tactics lists those that cover the shape, best guess first. */
+/* A tactic is layout + 16 * pieces. Layout 0 is the generic kernel (any size, FFMA); the others, on tensor cores, differ
+ * in heads per block and chunk length. The sequence is cut into `pieces`, with a state-only pass over all but the last;
+ * with 0 pieces every block takes an equal run of chunks, over the ends of rows (only where there are more rows than
+ * blocks). mamba_ssd_scan_tactics lists those that cover the shape, the selector's choice first. */
 MAMBA_API int mamba_ssd_scan(const mamba_ssd_scan_params* params, mamba_stream stream);
 MAMBA_API size_t mamba_ssd_scan_workspace(const mamba_ssd_scan_params* params);
 MAMBA_API int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32_t* out, int max);

@@ -1,0 +1,97 @@
+// selective_scan, tactic "generic": any d_state from 1 to 256, any alignment.
+//
+// A channel's states are spread over kLanes lanes of a warp, eight each; time runs in order. dt, dt * u and the
+// float32 B and C of a tile of tokens are prepared once in shared memory; y is summed by shuffles and finished
+// (D, gate) after the tile, again once per element.
+#pragma once
+
+#include "selective_scan.cuh"
+
+namespace mamba::scan {
+
+constexpr int kGenericThreads = 256, kGenericTile = 16, kPerLaneStates = 8;
+
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kGenericThreads) generic_kernel(const __grid_constant__ Args<T> p) {
+  constexpr int kChannels = kGenericThreads / kLanes, kHalf = kLanes * 4;  // states come in two runs of four a lane
+  extern __shared__ __align__(16) float shared[];
+  float* s_bc = shared;                                     // [tile][B 2 * kHalf | C 2 * kHalf]
+  float* s_dt = s_bc + kGenericTile * 4 * kHalf;            // [tile][kChannels]
+  float* s_du = s_dt + kGenericTile * kChannels;
+  float* s_y = s_du + kGenericTile * kChannels;
+  const int b = blockIdx.y, N = p.d_state;
+  const int blocks_per_group = ceil_div(p.group_dim, kChannels);
+  const int group = blockIdx.x / blocks_per_group;
+  const int c0 = group * p.group_dim + (blockIdx.x % blocks_per_group) * kChannels;
+  const int channels = min(kChannels, (group + 1) * p.group_dim - c0);
+  const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes, c = c0 + channel;
+  const bool active = channel < channels;
+  const int row = row_length(p, b);
+  const int64_t dir = p.reverse ? -1 : 1, first = p.reverse ? row - 1 : 0;
+  auto at = [&](auto* base, const Strides& s, int t) { return base + b * s.batch + (first + dir * t) * s.token; };
+  auto state_of = [&](int i) { return (i < 4 ? 0 : kHalf) + q * 4 + i % 4; };
+
+  float A[kPerLaneStates], h[kPerLaneStates];
+#pragma unroll
+  for (int i = 0; i < kPerLaneStates; i++) {
+    const bool in = active && state_of(i) < N;
+    A[i] = in ? p.A[int64_t(c) * N + state_of(i)] * kLog2e : 0.0f;
+    h[i] = in && p.h0 ? p.h0[(int64_t(b) * p.dim + c) * N + state_of(i)] : 0.0f;
+  }
+  for (int t0 = 0; t0 < row; t0 += kGenericTile) {
+    const int tokens = min(kGenericTile, row - t0);
+    for (int i = threadIdx.x; i < tokens * 4 * kHalf; i += kGenericThreads) {
+      const int t = i / (4 * kHalf), n = i % (2 * kHalf);
+      const bool is_b = i % (4 * kHalf) < 2 * kHalf;
+      const T* src = at(is_b ? p.B : p.C, is_b ? p.B_stride : p.C_stride, t0 + t) + group * N;
+      s_bc[i] = n < N ? to_float(src[n]) : 0.0f;
+    }
+    for (int i = threadIdx.x; i < tokens * kChannels; i += kGenericThreads) {
+      const int t = i / kChannels, j = i % kChannels;
+      float dt = 0.0f, u = 0.0f;
+      if (j < channels) {
+        u = to_float(at(p.u, p.u_stride, t0 + t)[c0 + j]);
+        dt = time_step<T>(to_float(at(p.delta, p.delta_stride, t0 + t)[c0 + j]) + (p.bias ? p.bias[c0 + j] : 0.0f), p.softplus);
+      }
+      s_dt[i] = dt;
+      s_du[i] = dt * u;
+    }
+    __syncthreads();
+    for (int t = 0; t < tokens; t++) {
+      const float dt = s_dt[t * kChannels + channel], du = s_du[t * kChannels + channel];
+      const float* bc = s_bc + t * 4 * kHalf + q * 4;
+      float y = 0.0f;
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float B[4], C[4];
+        *reinterpret_cast<float4*>(B) = *reinterpret_cast<const float4*>(bc + half * kHalf);
+        *reinterpret_cast<float4*>(C) = *reinterpret_cast<const float4*>(bc + 2 * kHalf + half * kHalf);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          float& state = h[half * 4 + j];
+          state = fmaf(ex2(dt * A[half * 4 + j]), state, du * B[j]);
+          y = fmaf(C[j], state, y);
+        }
+      }
+#pragma unroll
+      for (int o = 1; o < kLanes; o *= 2) y += __shfl_xor_sync(~0u, y, o);
+      if (q == 0) s_y[t * kChannels + channel] = y;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < tokens * kChannels; i += kGenericThreads) {
+      const int t = i / kChannels, j = i % kChannels;
+      if (j >= channels) continue;
+      float y = s_y[i];
+      if (p.D) y = fmaf(p.D[c0 + j], to_float(at(p.u, p.u_stride, t0 + t)[c0 + j]), y);
+      if (p.z) y *= silu(to_float(at(p.z, p.z_stride, t0 + t)[c0 + j]));
+      at(p.y, p.y_stride, t0 + t)[c0 + j] = from_float<T>(y);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPerLaneStates; i++) {
+    if (active && p.hT && state_of(i) < N) p.hT[(int64_t(b) * p.dim + c) * N + state_of(i)] = h[i];
+  }
+  zero_padding(p, b, row, c0, c0 + channels);
+}
+
+}  // namespace mamba::scan
