@@ -111,7 +111,7 @@ def _make_graphs(
     models = {}
     for kind in ("prefill", "step"):
         with progress.stage(f"trace {kind}"):
-            model = trace(checkpoint.spec, kind, options)  # type: ignore[arg-type]
+            model = trace(checkpoint.spec, kind, options)
             models[kind] = lower(model, checkpoint.spec, dtype, get_target(target))
     manifest = Manifest(
         spec=checkpoint.spec.to_dict(),

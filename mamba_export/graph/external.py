@@ -86,7 +86,7 @@ def write_weights(
         assert value.shape is not None and value.dtype is not None
         tensor = load_parameter(checkpoint, name, tuple(value.shape.numpy()), _TORCH_DTYPES[value.dtype])
         file.write(b"\0" * (place.offset - file.tell()))
-        file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         tick(place.nbytes)
 
 

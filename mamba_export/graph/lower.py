@@ -133,4 +133,5 @@ def for_stock_runtime(path: Path, bodies: bool, widen: bool) -> bytes:
         LowerOpsPass(get_target("tensorrt"))(model)
     if widen:
         WidenPass()(model)
-    return ir.to_proto(model).SerializeToString()
+    serialized: bytes = ir.to_proto(model).SerializeToString()
+    return serialized

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
+from numpy.typing import NDArray
 
 
 def replace_node(node: ir.Node, new_nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
@@ -20,7 +22,7 @@ def replace_node(node: ir.Node, new_nodes: Sequence[ir.Node], outputs: Sequence[
     graph.remove(node, safe=True)
 
 
-def constant_value(value: ir.Value | None) -> np.ndarray | None:  # type: ignore[type-arg]
+def constant_value(value: ir.Value | None) -> NDArray[Any] | None:
     """The array behind a Constant node's output, else None."""
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "Constant" or "value" not in node.attributes:
@@ -150,12 +152,13 @@ class FuseLinearPass(ir.passes.InPlacePass):
             if node.op_type != "MatMul":
                 continue
             transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
-            if transpose is None or transpose.op_type != "Transpose" or not transpose.inputs[0].is_initializer():
+            weight = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
+            if weight is None or not weight.is_initializer():
                 continue
             fused = ir.Node(
                 "com.microsoft",
                 "FusedMatMul",
-                [node.inputs[0], transpose.inputs[0]],
+                [node.inputs[0], weight],
                 [ir.AttrInt64("transB", 1)],
                 name=f"{node.name}_linear",
             )

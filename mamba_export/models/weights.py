@@ -40,7 +40,8 @@ def load_parameter(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dt
     if not bool(torch.isfinite(result).all()):
         if bool(torch.isfinite(tensor).all()):
             peak = float(tensor.abs().max())
-            raise CheckpointError(f"{lazy.source_name} holds {peak:.4g}, beyond the range of {dtype}", "use --dtype bf16")
+            name_of = str(dtype).removeprefix("torch.")
+            raise CheckpointError(f"{lazy.source_name} holds {peak:.4g}, which {name_of} can't", "use --dtype bf16")
         bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(
             f"{lazy.source_name} holds {bad} NaN or infinite values", "the checkpoint is damaged or training diverged"

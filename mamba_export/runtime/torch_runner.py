@@ -53,6 +53,14 @@ class TorchRunner:
             arrays.update(swap)
         return arrays
 
+    def state_from_numpy(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
+        swap = self.layout == "NP" and self.spec.family == "mamba2"
+        state = {}
+        for name, array in arrays.items():
+            values = array.swapaxes(-1, -2) if swap and name.startswith("ssm_state") else array
+            state[name] = torch.from_numpy(np.ascontiguousarray(values)).to(self._wide)
+        return state
+
     def _run(
         self, model: MambaLM, ids: Ids, state: StateValues, seq_lens: torch.Tensor | None
     ) -> tuple[Logits, StateValues]:

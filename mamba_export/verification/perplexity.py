@@ -146,8 +146,8 @@ def log_softmax(logits: Logits) -> NDArray[np.float64]:
     """Log probabilities over the last axis, in float64."""
     wide = logits.astype(np.float64)
     wide -= wide.max(-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(-1, keepdims=True))
-    return wide
+    normalizer: NDArray[np.float64] = np.log(np.exp(wide).sum(-1, keepdims=True))
+    return wide - normalizer
 
 
 class _Sums:
@@ -171,7 +171,8 @@ class _Sums:
             self.reference_nll -= float(np.take_along_axis(log_q, targets[..., None], -1).sum())
             self.kl += float((np.exp(log_q) * (log_q - log_p)).sum())
             self.same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        return nll.sum(1)
+        per_row: NDArray[np.float64] = nll.sum(1)
+        return per_row
 
     def report(self, window: int) -> PerplexityReport:
         mean = self.nll / self.tokens
