@@ -1,27 +1,13 @@
-"""Tracing is the slow part of an export and knows nothing of targets: here each model is traced once."""
-
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import onnx_ir as ir
 import pytest
 
-from mamba_export.graph import trace as tracing
-from mamba_export.spec import ModelSpec
+from tests.models.traced import traced_once
 
 
 @pytest.fixture(scope="module", autouse=True)
-def trace_once() -> Iterator[None]:
-    """Remember traces by their arguments; hand out copies, for lowering changes a graph in place."""
-    original, made = tracing.trace, {}
-
-    def trace(spec: ModelSpec, kind: tracing.GraphKind, options: tracing.TraceOptions) -> ir.Model:
-        key = (spec, kind, options)
-        if key not in made:
-            made[key] = original(spec, kind, options)
-        return made[key].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tracing, "trace", trace)
+def _traced_once() -> Iterator[None]:
+    with traced_once():
         yield
