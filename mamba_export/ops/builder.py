@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-Flavour = Literal["portable", "ort"]
-"""``portable``: standard ops, opset 20. ``ort``: ONNX Runtime's contrib ops too."""
+Flavour = Literal["portable", "ort", "ort-cuda"]
+"""``portable``: standard ops, opset 20. ``ort``: ONNX Runtime's contrib ops too, those fast on CUDA in ``ort-cuda``."""
 Array = np.ndarray[Any, Any]
 
 
@@ -71,7 +71,7 @@ class Builder:
         return self.Unsqueeze(x, self.i64(list(axes)))
 
     def silu(self, x: ir.Value) -> ir.Value:
-        if self.flavour == "ort":
+        if self.flavour != "portable":
             return self.contrib("QuickGelu", x, alpha=1.0)[0]
         return self.Mul(x, self.Sigmoid(x))
 

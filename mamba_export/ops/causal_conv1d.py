@@ -90,7 +90,7 @@ def _mask(op: Builder, x: ir.Value, like: ir.Value, seq_lens: ir.Value) -> ir.Va
 
 
 def _portable(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
-    """Standard ops, in float32 as the definition: opset 20 has no bfloat16 Conv, and float16 would round each product."""
+    """Standard ops, in float32 like the definition: opset 20 has no bfloat16 Conv, and float16 rounds every product."""
     x, weight, bias, state = inputs[:4]
     channels, kernel = static_dim(weight, 0), static_dim(weight, 1)
     ragged = attributes["ragged"]

@@ -31,6 +31,7 @@ class OpDef:
         translate: makes the ONNX node from the torch arguments (an entry of the exporter's translation table).
         portable: body in standard ops, opset 20.
         ort: body with ONNX Runtime's contrib ops; None means ``portable``.
+        cuda: body for ONNX Runtime on CUDA, where another one is faster; None means ``ort``.
         plugin: whether targets with plugins keep the node. Others are always replaced by a body.
     """
 
@@ -39,6 +40,7 @@ class OpDef:
     translate: Callable[..., Any]
     portable: Body
     ort: Body | None = None
+    cuda: Body | None = None
     plugin: bool = True
 
     @property
@@ -46,7 +48,9 @@ class OpDef:
         return str(self.schema.name)
 
     def body(self, flavour: Flavour) -> Body:
-        return self.ort if flavour == "ort" and self.ort is not None else self.portable
+        """The body that ``flavour`` uses."""
+        candidates = {"portable": (), "ort": (self.ort,), "ort-cuda": (self.cuda, self.ort)}[flavour]
+        return next((body for body in candidates if body is not None), self.portable)
 
 
 def onnx_op(schema: onnx.defs.OpSchema) -> onnxscript.values.Op:
@@ -82,7 +86,11 @@ def make_schema(
     formal += [op.FormalParameter(f"extra_{i}", f"X{i}", t, param_option=optional) for i, t in enumerate(extras)]
     make = onnx.helper.make_attribute
     attrs = [op.Attribute(key, make(key, default), text) for key, (default, text) in attributes.items()]
-    constraints = [("T", _FLOAT_TYPES, "activations"), ("R", _FLOAT_TYPES, "residual stream"), ("W", _FLOAT_TYPES, "weight")]
+    constraints = [
+        ("T", _FLOAT_TYPES, "activations"),
+        ("R", _FLOAT_TYPES, "residual stream"),
+        ("W", _FLOAT_TYPES, "weight"),
+    ]
     constraints.append(("S", ["tensor(float)"], "float32"))
     constraints += [(f"X{i}", [*_FLOAT_TYPES, "tensor(int32)"], "optional input") for i in range(len(extras))]
     used = {*inputs.values(), *outputs.values(), *(f"X{i}" for i in range(len(extras)))}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mamba_export.ops.builder import Builder
 from mamba_export.ops.opdef import Attributes, Inputs, OpDef, make_schema, onnx_op
-from mamba_export.ops.selective_scan import INPUTS, ScanInputs, linear_attention, selective_scan_reference
+from mamba_export.ops.selective_scan import INPUTS, ScanInputs, selective_scan_reference
 
 SCHEMA = make_schema(
     "MambaSelectiveStateUpdate",
@@ -84,31 +84,15 @@ def _translate(
 
 def _portable(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
     s = ScanInputs(op, inputs, attributes)
-    groups, per_group = s.groups, s.channels // s.groups
-    grouped = op.i64([0, groups, per_group, s.d_state])
-
-    def column(x: ir.Value) -> ir.Value:
-        """[B, 1, D] → [B, D, 1]."""
-        return op.Reshape(x, op.i64([0, s.channels, 1]))
-
-    def row(x: ir.Value) -> ir.Value:
-        """[B, 1, G*N] → [B, G, 1, N]."""
-        return op.Reshape(x, op.i64([0, groups, 1, s.d_state]))
-
-    decayed = op.Mul(s.state, op.Exp(op.Mul(column(s.dt), s.A)))
-    dtu = op.Reshape(op.Mul(s.dt, s.u), op.i64([0, groups, per_group, 1]))
-    h = op.Add(op.Reshape(decayed, grouped), op.Mul(dtu, row(s.B)))  # [B, G, D/G, N]
-    y = op.ReduceSum(op.Mul(h, row(s.C)), op.i64([3]), keepdims=0)
+    groups, per_group, d_state = s.groups, s.channels // s.groups, s.d_state
+    column = op.i64([0, groups, per_group, 1])
+    decay = op.Exp(op.Mul(op.Reshape(s.dt, column), op.Reshape(s.A, op.i64([groups, per_group, d_state]))))
+    # Both products over the state as matrix products: faster than broadcasting along so short an axis.
+    update = op.MatMul(op.Reshape(op.Mul(s.dt, s.u), column), op.Reshape(s.B, op.i64([0, groups, 1, d_state])))
+    h = op.Add(op.Mul(op.Reshape(s.state, op.i64([0, groups, per_group, d_state])), decay), update)
+    y = op.MatMul(h, op.Reshape(s.C, op.i64([0, groups, d_state, 1])))  # [B, G, D/G, 1]
     y = op.Reshape(y, op.i64([0, 1, s.channels]))
-    return [s.finish(y), op.Reshape(h, op.i64([0, s.channels, s.d_state]))]
+    return [s.finish(y), op.Reshape(h, op.i64([0, s.channels, d_state]))]
 
 
-def _ort(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
-    s = ScanInputs(op, inputs, attributes)
-    decay = op.Reshape(op.Mul(op.unsqueeze(s.dt, 3), s.A), op.i64([0, 1, s.channels * s.d_state]))
-    state = op.unsqueeze(s.state, 3)
-    y, present = linear_attention(op, s, decay, op.Mul(s.dt, s.u), state, s.channels, reverse=False)
-    return [s.finish(y), op.Squeeze(present, op.i64([3]))]
-
-
-OP = OpDef(SCHEMA, torch.ops.mamba_export.selective_state_update.default, _translate, _portable, _ort)
+OP = OpDef(SCHEMA, torch.ops.mamba_export.selective_state_update.default, _translate, _portable)

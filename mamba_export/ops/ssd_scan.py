@@ -102,9 +102,7 @@ def ssd_scan(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The torch op; see :func:`ssd_scan_reference` for shapes."""
-    return ssd_scan_reference(
-        *(x, dt, A, B, C, D, dt_bias, state, z, seq_lens, dt_softplus, dt_min, dt_max, reverse)
-    )
+    return ssd_scan_reference(*(x, dt, A, B, C, D, dt_bias, state, z, seq_lens, dt_softplus, dt_min, dt_max, reverse))
 
 
 @ssd_scan.register_fake
