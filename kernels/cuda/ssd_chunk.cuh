@@ -16,10 +16,15 @@ struct ScanArgs {
   int32_t batch, seqlen, nheads, headdim, ngroups, d_state;
   int32_t dt_softplus, d_per_channel;
   float dt_min, dt_max;
-  // The sequence cut into `splits` pieces of `split_len` tokens (a multiple of the chunk).
-  int32_t splits, split_len;
+  int32_t blocks_x;  // blocks that share a row of the batch
+  // The sequence cut into `splits` pieces of whole chunks, equal to within one chunk.
+  int32_t splits;
   float* split_state;  // [batch, nheads, splits, headdim, d_state]: ends of the pieces, then their beginnings
   float* split_decay;  // [batch, nheads, splits]: log2 of a piece's decay
+  // Streaming (splits == 0): each block takes an equal run of chunks, across the ends of rows.
+  float* handoff;                // a block's state for the block after it
+  unsigned long long* handed;    // holds `ticket` once that state is there; 0 after it was taken
+  unsigned long long ticket;
 };
 
 // One block handles kHeads heads of one group; a warp owns kWarpCols columns (of headdim) of one head's state for
@@ -32,93 +37,121 @@ struct Layout {
   static constexpr int kWarpsPerHead = kHeadDim / kWarpCols;
   static constexpr int kWarps = kWarpsPerHead * kHeads;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRowTiles = kChunk / 16;                          // 16-token tiles of a chunk
-  static constexpr int kMaskBlocks = kRowTiles * (kRowTiles + 1) / 2;    // causal 16 x 16 blocks
-  static constexpr int kStateTile = kChunk * kState * 2;                 // bytes of a chunk of B or C
-  static constexpr int kInputTile = kChunk * kHeadDim * 2;               // bytes of a chunk of x, one head
-  static constexpr int kScores = kMaskBlocks * 512;                      // bytes of the decayed C B^T, one head
-  static constexpr int kDecays = 4 * kHeads * kChunk * 4;                // bytes of the Decays arrays
+  static constexpr int kRowTiles = kChunk / 16;                        // 16-token tiles of a chunk
+  static constexpr int kMaskBlocks = kRowTiles * (kRowTiles + 1) / 2;  // causal 16 x 16 blocks
+  static constexpr int kStateTile = kChunk * kState * 2;               // bytes of a chunk of B or C
+  static constexpr int kInputTile = kChunk * kHeadDim * 2;             // bytes of a chunk of x, one head
+  static constexpr int kScores = (kMaskBlocks + kRowTiles) * 512;      // decayed C B^T of one head, see Scores
+  static constexpr int kDecays = 4 * kHeads * kChunk * 4;              // bytes of the Decays arrays
+  static constexpr int kHeadConstants = 2 * kHeads * 4;
   // Three chunks of B and C, two of x and of the scores, three of the decays.
-  static constexpr int kScanShared = 3 * (2 * kStateTile + kDecays) + 2 * kHeads * (kInputTile + kScores);
-  static constexpr int kStateShared = 3 * (kStateTile + kHeads * kInputTile + kDecays);
+  static constexpr int kScanShared =
+      3 * (2 * kStateTile + kDecays) + 2 * kHeads * (kInputTile + kScores) + kHeadConstants;
+  static constexpr int kStateShared = 3 * (kStateTile + kHeads * kInputTile + kDecays) + kHeadConstants;
+  static constexpr int kMinBlocks = kThreads <= 128 ? 2 : 1;
   static_assert(kHeadDim % kWarpCols == 0 && kWarpCols % 16 == 0 && kState % 16 == 0 && kChunk % 32 == 0);
 };
+
+// A run of chunks of one row of the batch and one block of heads.
+struct Item {
+  int batch, head0, heads, group;
+  int begin, end, len;  // tokens [begin, end) of a row of valid length len
+  __device__ __forceinline__ int limit() const { return min(end, len); }
+};
+
+template <typename L>
+__device__ __forceinline__ Item item_at(const ScanArgs& p, int batch, int block, int first_chunk, int last_chunk) {
+  Item at;
+  const int heads_per_group = p.nheads / p.ngroups;
+  const int blocks_per_group = (heads_per_group + L::kHeads - 1) / L::kHeads;
+  at.group = block / blocks_per_group;
+  const int first = (block % blocks_per_group) * L::kHeads;
+  at.head0 = at.group * heads_per_group + first;
+  at.heads = min(L::kHeads, heads_per_group - first);
+  at.batch = batch;
+  at.begin = first_chunk * L::kChunk;
+  at.end = min(p.seqlen, last_chunk * L::kChunk);
+  at.len = p.seq_lens ? max(0, min(p.seqlen, p.seq_lens[batch])) : p.seqlen;
+  return at;
+}
+
+// The first chunk of piece `split`.
+template <typename L>
+__device__ __forceinline__ int piece_start(const ScanArgs& p, int split) {
+  const int chunks = (p.seqlen + L::kChunk - 1) / L::kChunk;
+  return static_cast<int>(static_cast<int64_t>(chunks) * split / p.splits);
+}
 
 // Per-token factors of one chunk, [kHeads][kChunk] each.
 template <typename L>
 struct Decays {
   float* base;
   static constexpr int kArray = L::kHeads * L::kChunk;
-  __device__ float* sum(int head) const { return base + head * L::kChunk; }             // cumulative log2 decay
-  __device__ float* dt(int head) const { return base + kArray + head * L::kChunk; }
+  __device__ float* sum(int head) const { return base + head * L::kChunk; }  // log2 of the decay up to t
+  __device__ float* source(int head) const { return base + kArray + head * L::kChunk; }  // the same less log2 dt
   __device__ float* to_end(int head) const { return base + 2 * kArray + head * L::kChunk; }  // dt * decay to the end
   __device__ float* from_start(int head) const { return base + 3 * kArray + head * L::kChunk; }
 };
 
-// Where this block works.
-struct Place {
-  int batch, head0, heads, group, split, begin, end, len;  // tokens [begin, end), the row's valid length
-};
-
-template <typename L>
-__device__ __forceinline__ Place place_of_block(const ScanArgs& p) {
-  Place at;
-  const int heads_per_group = p.nheads / p.ngroups;
-  const int blocks_per_group = (heads_per_group + L::kHeads - 1) / L::kHeads;
-  at.group = blockIdx.x / blocks_per_group;
-  const int first = (blockIdx.x % blocks_per_group) * L::kHeads;
-  at.head0 = at.group * heads_per_group + first;
-  at.heads = min(L::kHeads, heads_per_group - first);
-  at.split = blockIdx.y;
-  at.batch = blockIdx.z;
-  at.begin = at.split * p.split_len;
-  at.end = min(p.seqlen, at.begin + p.split_len);
-  at.len = p.seq_lens ? max(0, min(p.seqlen, p.seq_lens[at.batch])) : p.seqlen;
-  return at;
+__device__ __forceinline__ float lg2(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
+// A and the bias of dt of the block's heads, fetched once an item.
+template <typename L>
+struct HeadConstants {
+  float* base;
+  __device__ float& a(int head) const { return base[head]; }
+  __device__ float& bias(int head) const { return base[L::kHeads + head]; }
+  __device__ __forceinline__ void load(const ScanArgs& p, const Item& at) const {
+    if (threadIdx.x < L::kHeads) {
+      const bool active = threadIdx.x < at.heads;
+      a(threadIdx.x) = active ? p.A[at.head0 + threadIdx.x] * kLog2e : 0.f;
+      bias(threadIdx.x) = active && p.dt_bias ? p.dt_bias[at.head0 + threadIdx.x] : 0.f;
+    }
+  }
+};
+
 // The warps that turn dt into decays: each takes one head (and more if there are more heads than warps), a lane
-// kChunk / 32 neighbouring tokens. The raw values are fetched one chunk ahead.
+// kChunk / 32 neighbouring tokens. `fetch` well before `store`, which needs the values.
 template <typename L>
 struct DecayWarp {
   using T = typename L::T;
   static constexpr int kPerLane = L::kChunk / 32;
   static constexpr int kPerWarp = (L::kHeads + L::kWarps - 1) / L::kWarps;
   T raw[kPerWarp][kPerLane];
+  float total[kPerWarp];
 
   __device__ __forceinline__ static int head_of(int i) { return (L::kWarps - 1 - (threadIdx.x >> 5)) + i * L::kWarps; }
 
-  __device__ __forceinline__ void fetch(const ScanArgs& p, const Place& at, int token0) {
-    const T* dt = static_cast<const T*>(p.dt) + at.batch * p.dt_batch + at.head0;
+  __device__ __forceinline__ void fetch(const ScanArgs& p, const Item& at, int token0) {
 #pragma unroll
     for (int i = 0; i < kPerWarp; i++) {
       const int head = head_of(i);
+      if (head >= at.heads) continue;
+      const int t0 = token0 + (threadIdx.x & 31) * kPerLane;
+      const T* dt = static_cast<const T*>(p.dt) + at.batch * p.dt_batch + at.head0 + head + t0 * p.dt_token;
 #pragma unroll
-      for (int e = 0; e < kPerLane; e++) {
-        const int t = token0 + (threadIdx.x & 31) * kPerLane + e;
-        if (head < at.heads && t < at.len && t < at.end) raw[i][e] = dt[t * p.dt_token + head];
-      }
+      for (int e = 0; e < kPerLane; e++)
+        if (t0 + e < at.limit()) raw[i][e] = dt[e * p.dt_token];
     }
   }
 
-  // Returns nothing; lane 31 of the warp of a head holds the chunk's total in `total[i]`.
-  __device__ __forceinline__ void store(const ScanArgs& p, const Place& at, int token0, const Decays<L>& out,
-                                        float (&total)[kPerWarp]) {
+  __device__ __forceinline__ void store(const ScanArgs& p, const Item& at, int token0, const HeadConstants<L>& constants,
+                                        const Decays<L>& out) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int i = 0; i < kPerWarp; i++) {
       const int head = head_of(i);
-      total[i] = 0.f;
       if (head >= L::kHeads) continue;
-      const bool active = head < at.heads;
-      const float a = active ? p.A[at.head0 + head] * kLog2e : 0.f;
-      const float bias = active && p.dt_bias ? p.dt_bias[at.head0 + head] : 0.f;
+      const float a = constants.a(head), bias = constants.bias(head);
       float dt[kPerLane], sum[kPerLane];
 #pragma unroll
       for (int e = 0; e < kPerLane; e++) {
-        const int t = token0 + lane * kPerLane + e;
         float v = 0.f;
-        if (active && t < at.len && t < at.end) {
+        if (head < at.heads && token0 + lane * kPerLane + e < at.limit()) {
           v = to_float(raw[i][e]) + bias;
           if (p.dt_softplus) v = softplus<true>(v);
           v = fminf(fmaxf(v, p.dt_min), p.dt_max);
@@ -139,7 +172,7 @@ struct DecayWarp {
         const int t = lane * kPerLane + e;
         const float s = before + sum[e];
         out.sum(head)[t] = s;
-        out.dt(head)[t] = dt[e];
+        out.source(head)[t] = s - lg2(dt[e]);
         out.to_end(head)[t] = dt[e] * ex2(total[i] - s);
         out.from_start(head)[t] = ex2(s);
       }
@@ -147,44 +180,57 @@ struct DecayWarp {
   }
 };
 
-// A chunk of B or C: rows past `limit` become zeros, so that padding, poisoned or not, never reaches an mma.
-template <typename L>
-__device__ __forceinline__ void load_state_tile(uint32_t dst, const typename L::T* src, int64_t token_stride, int token0,
-                                                int limit) {
-  constexpr int kPieces = L::kState / 8, kTotal = L::kChunk * kPieces;
+// kChunk rows of kPieces 16-byte pieces into tiles of kCols columns that lie side by side in a row. Rows from
+// `rows` and pieces from `pieces` on become zeros, so that padding, poisoned or not, never reaches an mma.
+template <typename L, int kPieces, int kCols>
+__device__ __forceinline__ void load_tile(uint32_t dst, const typename L::T* src, int64_t token_stride, int rows,
+                                          int pieces) {
+  constexpr int kTilePieces = kCols / 8, kTileBytes = L::kChunk * kCols * 2, kStep = L::kThreads / kPieces;
+  const auto address = [&](int row, int col) {
+    return dst + (col / kTilePieces) * kTileBytes + Tile<kCols>::offset(row, col % kTilePieces);
+  };
+  if constexpr (L::kThreads % kPieces == 0 && kStep % 8 == 0 && L::kChunk % kStep == 0) {
+    // A thread stays in its column of pieces, and its rows share a swizzle: one address, constant steps.
+    const int row = threadIdx.x / kPieces, col = threadIdx.x % kPieces;
+    const uint32_t to = address(row, col);
+    const typename L::T* from = src + row * token_stride + col * 8;
+    if (rows >= L::kChunk && pieces == kPieces) {
 #pragma unroll
-  for (int i = 0; i < (kTotal + L::kThreads - 1) / L::kThreads; i++) {
-    const int idx = threadIdx.x + i * L::kThreads;
-    if (kTotal % L::kThreads != 0 && idx >= kTotal) break;
-    const int row = idx / kPieces, piece = idx % kPieces;
-    const bool valid = token0 + row < limit;
-    copy_async_16(dst + Tile<L::kState>::offset(row, piece), valid ? src + (token0 + row) * token_stride + piece * 8 : src,
-                  valid);
+      for (int i = 0; i < L::kChunk / kStep; i++) {
+        copy_async_16(to + i * kStep * Tile<kCols>::kRowBytes, from);
+        from += kStep * token_stride;
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < L::kChunk / kStep; i++) {
+        const bool valid = row + i * kStep < rows && col < pieces;
+        copy_async_16(to + i * kStep * Tile<kCols>::kRowBytes, valid ? from : src, valid);
+        from += kStep * token_stride;
+      }
+    }
+  } else {
+#pragma unroll 2
+    for (int idx = threadIdx.x; idx < L::kChunk * kPieces; idx += L::kThreads) {
+      const int row = idx / kPieces, col = idx % kPieces;
+      const bool valid = row < rows && col < pieces;
+      copy_async_16(address(row, col), valid ? src + row * token_stride + col * 8 : src, valid);
+    }
   }
 }
 
-// A chunk of x for all heads of the block: [kHeads][kChunk][kHeadDim].
-template <typename L>
-__device__ __forceinline__ void load_input_tile(uint32_t dst, const typename L::T* src, int64_t token_stride, int token0,
-                                                int limit, int heads) {
-  constexpr int kPieces = L::kHeadDim / 8, kRow = kPieces * L::kHeads, kTotal = L::kChunk * kRow;
-#pragma unroll
-  for (int i = 0; i < (kTotal + L::kThreads - 1) / L::kThreads; i++) {
-    const int idx = threadIdx.x + i * L::kThreads;
-    if (kTotal % L::kThreads != 0 && idx >= kTotal) break;
-    const int row = idx / kRow, col = idx % kRow, head = col / kPieces, piece = col % kPieces;
-    const bool valid = token0 + row < limit && head < heads;
-    copy_async_16(dst + head * L::kInputTile + Tile<L::kHeadDim>::offset(row, piece),
-                  valid ? src + (token0 + row) * token_stride + col * 8 : src, valid);
-  }
-}
-
-// The state of one warp: state[m][n] is the accumulator of headdim rows 16m.. and d_state columns 8n...
+// The state of one warp: v[m][n] is the accumulator of headdim rows 16m.. and d_state columns 8n...
 template <typename L>
 struct WarpState {
   using T = typename L::T;
   static constexpr int kM = L::kWarpCols / 16, kN = L::kState / 8;
   float v[kM][kN][4];
+
+  __device__ __forceinline__ void scale(float by) {
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int n = 0; n < kN; n++) v[m][n][0] *= by, v[m][n][1] *= by, v[m][n][2] *= by, v[m][n][3] *= by;
+  }
 
   __device__ __forceinline__ void zero() {
 #pragma unroll
@@ -214,10 +260,29 @@ struct WarpState {
         }
   }
 
-  // v += (x weight)^T B over the 16 tokens whose x fragments (of this warp's columns) are given.
-  __device__ __forceinline__ void add_outer(const uint32_t (&x)[kM][4], float2 weight0, float2 weight8, uint32_t B_tile,
-                                            int row_tile) {
-    const int lane = threadIdx.x & 31;
+  // To and from scratch that only the same warp of another block reads: any order will do, so a dense one.
+  __device__ __forceinline__ void hand_over(float* block_scratch) const {
+    float4* at = reinterpret_cast<float4*>(block_scratch) + (threadIdx.x >> 5) * kM * kN * 32 + (threadIdx.x & 31);
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int n = 0; n < kN; n++) at[(m * kN + n) * 32] = make_float4(v[m][n][0], v[m][n][1], v[m][n][2], v[m][n][3]);
+  }
+  __device__ __forceinline__ void take_over(const float* block_scratch) {
+    const float4* at =
+        reinterpret_cast<const float4*>(block_scratch) + (threadIdx.x >> 5) * kM * kN * 32 + (threadIdx.x & 31);
+#pragma unroll
+    for (int m = 0; m < kM; m++)
+#pragma unroll
+      for (int n = 0; n < kN; n++) {
+        const float4 f = __ldcg(at + (m * kN + n) * 32);
+        v[m][n][0] = f.x, v[m][n][1] = f.y, v[m][n][2] = f.z, v[m][n][3] = f.w;
+      }
+  }
+
+  // v += (x weight)^T B over 16 tokens: the fragments of x of this warp's columns, the weights of tokens 2 (lane % 4)
+  // and the next, and of those 8 later; B_rows is the lane's ldmatrix address of these tokens' rows of B.
+  __device__ __forceinline__ void add_outer(const uint32_t (&x)[kM][4], float2 weight0, float2 weight8, uint32_t B_rows) {
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; m++) {
@@ -229,11 +294,10 @@ struct WarpState {
         a[m][(r & 1) * 2 + (r >> 1)] = Traits<T>::pack(f.x * w.x, f.y * w.y);
       }
     }
-    const int row = row_tile * 16 + (lane & 15);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, B_tile + Tile<L::kState>::offset(row, n + (lane >> 4)));
+      ldmatrix_x4_trans(b, Tile<L::kState>::along(B_rows, n));
 #pragma unroll
       for (int m = 0; m < kM; m++) {
         Traits<T>::mma(v[m][n], a[m], b[0], b[1]);
@@ -242,11 +306,10 @@ struct WarpState {
     }
   }
 
-  __device__ __forceinline__ static void load_input(uint32_t (&x)[kM][4], uint32_t x_tile, int col0, int row_tile) {
-    const int lane = threadIdx.x & 31;
+  // x_rows: the lane's ldmatrix address of 16 tokens at this warp's first column.
+  __device__ __forceinline__ static void load_input(uint32_t (&x)[kM][4], uint32_t x_rows) {
 #pragma unroll
-    for (int m = 0; m < kM; m++)
-      ldmatrix_x4_trans(x[m], x_tile + Tile<L::kHeadDim>::offset(row_tile * 16 + (lane & 15), col0 / 8 + 2 * m + (lane >> 4)));
+    for (int m = 0; m < kM; m++) ldmatrix_x4_trans(x[m], Tile<L::kHeadDim>::along(x_rows, 2 * m));
   }
 };
 

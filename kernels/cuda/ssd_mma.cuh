@@ -72,25 +72,59 @@ __device__ __forceinline__ void copy_async_16(uint32_t dst, const void* src, boo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 
-// A tile of kRows x kCols 16-bit elements in shared memory, rows dense, its 16-byte pieces permuted so that the
-// eight rows an ldmatrix phase touches lie in different banks.
+__device__ __forceinline__ void copy_async_16(uint32_t dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+
+// Four 8 x 8 matrices to shared memory, the inverse of ldmatrix.
+__device__ __forceinline__ void store_matrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+#else
+  // Lane l holds the pair (row l / 4, columns 2 (l % 4)) of every matrix; lane 8 m + r knows where its row r is.
+  const int lane = threadIdx.x & 31;
+  const uint32_t v[4] = {a, b, c, d};
+#pragma unroll
+  for (int m = 0; m < 4; m++) {
+    const uint32_t row = __shfl_sync(0xffffffffu, address, 8 * m + (lane >> 2));
+    store_shared(row + (lane & 3) * 4, v[m]);
+  }
+#endif
+}
+
+// A tile of rows of kCols 16-bit elements in shared memory, rows dense, its 16-byte pieces permuted so that the eight
+// rows an ldmatrix phase touches lie in different banks.
 template <int kCols>
 struct Tile {
   static constexpr int kRowBytes = kCols * 2;
-  static constexpr int kPieces = kRowBytes / 16;
+  static constexpr bool kXor = kRowBytes % 64 == 0;
+  static_assert(kXor || kRowBytes % 128 == 32, "no swizzle for this row length");
+
+  static __device__ __forceinline__ int flip(int row) {
+    if constexpr (kRowBytes % 128 == 0) return row & 7;
+    if constexpr (kRowBytes == 64) return (row >> 1) & 3;
+    return (row >> 2) & 1;
+  }
   // Byte offset of piece `piece` of row `row`.
   static __device__ __forceinline__ uint32_t offset(int row, int piece) {
-    int flip;
-    if constexpr (kRowBytes % 128 == 0) {
-      flip = row & 7;
-    } else if constexpr (kRowBytes == 64) {
-      flip = (row >> 1) & 3;
-    } else if constexpr (kRowBytes % 128 == 32) {
-      flip = (row >> 2) & 1;
-    } else {
-      static_assert(kRowBytes % 128 == 32, "no swizzle for this row length");
-    }
-    return row * kRowBytes + ((piece ^ flip) << 4);
+    return row * kRowBytes + ((piece ^ flip(row)) << 4);
+  }
+  // The address `pieces` (a constant multiple of 2, or of 4 if the row has four) further along the same row, from an
+  // address whose own piece lies below that multiple. Tiles start at multiples of their row length.
+  static __device__ __forceinline__ uint32_t along(uint32_t address, int pieces) {
+    return kXor ? address ^ (pieces << 4) : address + (pieces << 4);
+  }
+  // This lane's part of a 16 x 16 ldmatrix at the tile's origin: matrices rows 0-7 and 8-15, then columns 8-15.
+  static __device__ __forceinline__ uint32_t lane_16x16() {
+    const int lane = threadIdx.x & 31;
+    return offset(lane & 15, lane >> 4);
+  }
+  // The same for 8 rows x 32 columns.
+  static __device__ __forceinline__ uint32_t lane_8x32() {
+    const int lane = threadIdx.x & 31;
+    return offset(lane & 7, lane >> 3);
   }
 };
 

@@ -10,8 +10,9 @@ namespace ssd {
 using Kernel = void (*)(ScanArgs);
 
 struct Plan {
-  Kernel scan, state;
-  int heads, chunk, threads, scan_shared, state_shared;
+  Kernel scan, stream, state;
+  int heads, chunk, threads, resident;  // resident: blocks that registers allow a multiprocessor, at least
+  int scan_shared, state_shared;
 };
 
 // False when there is no such layout. One file an instance of d_state, so that they compile side by side.

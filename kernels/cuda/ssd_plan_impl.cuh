@@ -9,8 +9,8 @@ namespace ssd {
 
 template <typename L>
 Plan plan_of() {
-  return Plan{ssd_scan_kernel<L>, ssd_state_kernel<L>, L::kHeads,       L::kChunk,
-              L::kThreads,        L::kScanShared,      L::kStateShared};
+  return Plan{ssd_scan_kernel<L>, ssd_stream_kernel<L>, ssd_state_kernel<L>, L::kHeads,      L::kChunk,
+              L::kThreads,        L::kMinBlocks,        L::kScanShared,      L::kStateShared};
 }
 
 template <int kHeadDim, int kState, int kWarpCols, int kHeads, int kChunk>

@@ -3,6 +3,9 @@
 
 #include <math.h>
 
+#include <atomic>
+#include <chrono>
+
 #include "ssd_generic_plan.cuh"
 
 namespace mamba {
@@ -32,9 +35,19 @@ const Device& device() {
 // A tactic with all that its launches need.
 struct Choice {
   int layout = -1;  // -1: generic
-  int splits = 1, chunk = 0, threads = 0, blocks_x = 0, shared = 0, state_shared = 0;
-  Kernel scan = nullptr, state = nullptr;
-  int tactic() const { return layout + 1 + 16 * (splits - 1); }
+  int splits = 1;   // 0: streaming
+  int heads = 1, chunk = 0, threads = 0, resident = 0, blocks_x = 0, shared = 0, state_shared = 0;
+  Kernel scan = nullptr, stream = nullptr, state = nullptr;
+
+  int tactic() const { return layout + 1 + 16 * splits; }
+  // Blocks that run at once; a multiprocessor keeps 1 KB of shared memory a block for itself.
+  int slots() const {
+    const int by_shared = device().shared_sm / (shared + 1024);
+    return device().sms * (by_shared < 1 ? 1 : by_shared < resident ? by_shared : resident);
+  }
+  int64_t rows(const mamba_ssd_scan_params& p) const { return static_cast<int64_t>(blocks_x) * p.batch; }
+  // Streaming needs runs of at least a row.
+  bool can_stream(const mamba_ssd_scan_params& p) const { return stream && rows(p) >= slots(); }
 };
 
 bool multiple_of_8(int64_t a) { return a % 8 == 0; }
@@ -51,7 +64,8 @@ bool wide_access(const mamba_ssd_scan_params& p) {
 }
 
 bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
-  if (p.dtype == MAMBA_F32 || !wide_access(p)) return false;
+  // Their scores hold log2(dt): no negative steps.
+  if (p.dtype == MAMBA_F32 || !wide_access(p) || !(p.dt_min >= 0.f)) return false;
   Plan plan;
   bool found = false;
   switch (p.d_state) {
@@ -62,9 +76,9 @@ bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
     default: break;
   }
   if (!found || plan.scan_shared > device().shared_block || plan.state_shared > device().shared_block) return false;
-  out->layout = layout, out->chunk = plan.chunk, out->threads = plan.threads;
-  out->shared = plan.scan_shared, out->state_shared = plan.state_shared;
-  out->scan = plan.scan, out->state = plan.state;
+  out->layout = layout, out->heads = plan.heads, out->chunk = plan.chunk, out->threads = plan.threads;
+  out->resident = plan.resident, out->shared = plan.scan_shared, out->state_shared = plan.state_shared;
+  out->scan = plan.scan, out->stream = plan.stream, out->state = plan.state;
   out->blocks_x = ceil_div(p.nheads / p.ngroups, plan.heads) * p.ngroups;
   return true;
 }
@@ -72,44 +86,46 @@ bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
 bool find_generic(const mamba_ssd_scan_params& p, Choice* out) {
   GenericPlan plan;
   if (!generic_plan(p.dtype, p.d_state, device().shared_block, &plan)) return false;
-  out->layout = -1, out->chunk = plan.chunk, out->threads = plan.threads;
+  out->layout = -1, out->chunk = plan.chunk, out->threads = plan.threads, out->resident = 2048 / plan.threads;
   out->shared = out->state_shared = plan.shared;
-  out->scan = plan.scan, out->state = plan.state;
+  out->scan = plan.scan, out->stream = nullptr, out->state = plan.state;
   out->blocks_x = ceil_div(p.headdim, plan.cols) * p.nheads;
   return true;
 }
 
-// A model of the time, in chunk times of one block: whole waves of blocks, the state-only pass at its measured
-// share of a full chunk, and a constant for each launch.
-double cost(const mamba_ssd_scan_params& p, const Choice& c, int splits) {
-  const int chunks = ceil_div(p.seqlen, c.chunk), piece = ceil_div(chunks, splits);
-  const int by_shared = device().shared_sm / (c.shared + 1024), by_threads = c.layout < 0 ? 4 : 256 / c.threads;
-  const int resident = by_shared < by_threads ? by_shared : by_threads;
-  const double slots = static_cast<double>(device().sms) * (resident > 0 ? resident : 1);
-  const double rows = static_cast<double>(c.blocks_x) * p.batch;
-  double total = ceil(rows * splits / slots) * (piece + 1.0);
-  if (splits > 1) total += ceil(rows * (splits - 1) / slots) * (0.45 * piece + 1.0) + 1.0 + 0.1 * splits;
+// A model of the time, in tokens of one block: whole waves of blocks, the state-only pass at its measured share of a
+// full chunk, and a constant for each launch.
+double cost(const mamba_ssd_scan_params& p, const Choice& c) {
+  const int chunks = ceil_div(p.seqlen, c.chunk);
+  const double slots = c.slots(), rows = static_cast<double>(c.rows(p));
+  if (c.splits == 0) return (rows * chunks / slots + 3.0) * c.chunk;
+  const int piece = ceil_div(chunks, c.splits);
+  double total = ceil(rows * c.splits / slots) * (piece + 1.0);
+  if (c.splits > 1) total += ceil(rows * (c.splits - 1) / slots) * (0.45 * piece + 1.0) + 1.0 + 0.1 * c.splits;
   return total * c.chunk;
 }
 
-int best_splits(const mamba_ssd_scan_params& p, const Choice& c, double* least) {
-  const int chunks = ceil_div(p.seqlen, c.chunk);
+// The best number of pieces (or streaming) of a layout.
+void choose_splits(const mamba_ssd_scan_params& p, Choice* c, double* least) {
+  const int chunks = ceil_div(p.seqlen, c->chunk);
   int best = 1;
-  *least = cost(p, c, 1);
-  for (int splits = 2; splits <= 64 && splits * 2 <= chunks; splits++) {
-    const double at = cost(p, c, splits);
+  *least = INFINITY;
+  for (int splits = c->can_stream(p) ? 0 : 1; splits <= 64 && (splits < 2 || splits * 2 <= chunks); splits++) {
+    c->splits = splits;
+    const double at = cost(p, *c);
     if (at < *least) *least = at, best = splits;
   }
-  return best;
+  c->splits = best;
 }
 
 int choose(const mamba_ssd_scan_params& p, Choice* out) {
   if (p.tactic >= 0) {
     const int layout = p.tactic % 16 - 1;
     const bool found = layout < 0 ? find_generic(p, out) : find_layout(p, layout, out);
-    out->splits = p.tactic / 16 + 1;
-    const bool fits = found && out->splits <= kMaxGrid && out->splits <= ceil_div(p.seqlen, out->chunk);
-    return fits ? MAMBA_OK : MAMBA_ERROR_TACTIC;
+    out->splits = p.tactic / 16;
+    if (!found || out->splits > kMaxGrid) return MAMBA_ERROR_TACTIC;
+    if (out->splits == 0) return out->can_stream(p) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
+    return out->splits == 1 || out->splits <= ceil_div(p.seqlen, out->chunk) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
   }
   double least = INFINITY;
   bool any = false;
@@ -117,12 +133,12 @@ int choose(const mamba_ssd_scan_params& p, Choice* out) {
     Choice candidate;
     if (!find_layout(p, layout, &candidate)) continue;
     double at;
-    candidate.splits = best_splits(p, candidate, &at);
+    choose_splits(p, &candidate, &at);
     if (at < least) least = at, *out = candidate, any = true;
   }
   if (any) return MAMBA_OK;
   if (!find_generic(p, out)) return MAMBA_ERROR_SHAPE;
-  out->splits = best_splits(p, *out, &least);
+  choose_splits(p, out, &least);
   return MAMBA_OK;
 }
 
@@ -130,8 +146,14 @@ size_t state_bytes(const mamba_ssd_scan_params& p, int splits) {
   return sizeof(float) * p.batch * p.nheads * static_cast<size_t>(splits) * p.headdim * p.d_state;
 }
 
+// What a streaming block leaves for the next.
+size_t handoff_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
+  return sizeof(float) * c.heads * static_cast<size_t>(p.headdim) * p.d_state;
+}
+
 size_t workspace_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
   if (c.splits == 1) return 0;
+  if (c.splits == 0) return c.slots() * (handoff_bytes(p, c) + sizeof(unsigned long long));
   return state_bytes(p, c.splits) + sizeof(float) * p.batch * p.nheads * static_cast<size_t>(c.splits);
 }
 
@@ -141,6 +163,16 @@ int check(const mamba_ssd_scan_params& p) {
       p.nheads % p.ngroups != 0 || p.batch > kMaxGrid)
     return MAMBA_ERROR_SHAPE;
   return MAMBA_OK;
+}
+
+// A number that scratch memory does not hold by accident, another for every launch (splitmix64).
+unsigned long long new_ticket() {
+  static std::atomic<unsigned long long> count{static_cast<unsigned long long>(
+      std::chrono::steady_clock::now().time_since_epoch().count())};
+  unsigned long long v = count.fetch_add(0x9e3779b97f4a7c15ull);
+  v = (v ^ (v >> 30)) * 0xbf58476d1ce4e5b9ull;
+  v = (v ^ (v >> 27)) * 0x94d049bb133111ebull;
+  return (v ^ (v >> 31)) | 1;
 }
 
 ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c) {
@@ -158,8 +190,12 @@ ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c) {
   a.ngroups = p.ngroups, a.d_state = p.d_state;
   a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel;
   a.dt_min = p.dt_min, a.dt_max = p.dt_max;
-  a.splits = c.splits;
-  a.split_len = ceil_div(ceil_div(p.seqlen, c.chunk), c.splits) * c.chunk;
+  a.blocks_x = c.blocks_x, a.splits = c.splits;
+  if (c.splits == 0) {
+    a.handed = static_cast<unsigned long long*>(p.workspace);
+    a.handoff = reinterpret_cast<float*>(a.handed + c.slots());
+    a.ticket = new_ticket();
+  }
   if (c.splits > 1) {
     a.split_state = static_cast<float*>(p.workspace);
     a.split_decay = a.split_state + state_bytes(p, c.splits) / sizeof(float);
@@ -205,6 +241,11 @@ int launch(const mamba_ssd_scan_params& p, const Choice& c, cudaStream_t stream)
   const auto grow = [](Kernel k, int bytes) {
     return cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;
   };
+  if (c.splits == 0) {
+    if (!grow(c.stream, c.shared)) return MAMBA_ERROR_CUDA;
+    c.stream<<<c.slots(), c.threads, c.shared, stream>>>(a);
+    return launch_status();
+  }
   if (!grow(c.scan, c.shared)) return MAMBA_ERROR_CUDA;
   if (c.splits > 1) {
     if (!grow(c.state, c.state_shared)) return MAMBA_ERROR_CUDA;
@@ -250,10 +291,11 @@ extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32
     Choice c;
     if (!(layout < 0 ? find_generic(p, &c) : find_layout(p, layout, &c))) continue;
     double least;
-    const int best = best_splits(p, c, &least), chunks = ceil_div(p.seqlen, c.chunk);
-    for (const int splits : {best, 1, best - 1, best + 1, 2 * best}) {
+    choose_splits(p, &c, &least);
+    const int best = c.splits, chunks = ceil_div(p.seqlen, c.chunk);
+    for (const int splits : {best, 0, 1, best - 1, best + 1, 2 * best}) {
       c.splits = splits;
-      if (splits >= 1 && splits <= chunks) add(c.tactic());
+      if (splits == 0 ? c.can_stream(p) : splits == 1 || (splits > 1 && splits <= chunks)) add(c.tactic());
     }
   }
   return count;
@@ -267,7 +309,7 @@ extern "C" int mamba_ssd_scan(const mamba_ssd_scan_params* params, mamba_stream 
   if (!p.A || (p.seqlen > 0 && (!p.x || !p.dt || !p.B || !p.C || !p.y))) return MAMBA_ERROR_NULL_POINTER;
   Choice c;
   if (const int status = choose(p, &c); status != MAMBA_OK) return status;
-  if (c.splits > 1 && (!p.workspace || !aligned(p.workspace, 16) || p.workspace_size < workspace_bytes(p, c)))
+  if (c.splits != 1 && (!p.workspace || !aligned(p.workspace, 16) || p.workspace_size < workspace_bytes(p, c)))
     return MAMBA_ERROR_WORKSPACE;
   return launch(p, c, static_cast<cudaStream_t>(stream));
 }

@@ -69,7 +69,9 @@ __global__ void __launch_bounds__(G::kThreads) ssd_generic_kernel(const __grid_c
 
   const int tiles = (p.headdim + P - 1) / P, head = blockIdx.x / tiles, col0 = blockIdx.x % tiles * P;
   const int split = blockIdx.y, batch = blockIdx.z, group = head / (p.nheads / p.ngroups);
-  const int cols = min(P, p.headdim - col0), begin = split * p.split_len, end = min(p.seqlen, begin + p.split_len);
+  const int64_t chunks = (p.seqlen + Q - 1) / Q;
+  const int begin = static_cast<int>(chunks * split / p.splits) * Q;
+  const int cols = min(P, p.headdim - col0), end = min(p.seqlen, static_cast<int>(chunks * (split + 1) / p.splits) * Q);
   const int len = p.seq_lens ? max(0, min(p.seqlen, p.seq_lens[batch])) : p.seqlen, limit = min(len, end);
   const int64_t state_rows = (static_cast<int64_t>(batch) * p.nheads + head) * p.headdim + col0;
   const int64_t split_rows =

@@ -8,96 +8,23 @@
 // chunk is enough.
 #pragma once
 
-#include "ssd_chunk.cuh"
+#include "ssd_scores.cuh"
 
 namespace mamba {
 namespace ssd {
-
-// The warps share the causal part of C B^T: warp slot k takes up to kMax 16 x 8 tiles of one row of tiles.
-template <typename L>
-struct Scores {
-  using T = typename L::T;
-  static constexpr int kMax = L::kRowTiles == 4 ? 3 : 1;
-  static constexpr int kSlots = L::kRowTiles == 4 ? 8 : 6;
-  static_assert(L::kRowTiles == 4 || L::kRowTiles == 2, "slots are laid out for chunks of 64 and 32");
-
-  struct Slot {
-    int row, first, count;
-  };
-
-  __device__ __forceinline__ static Slot slot(int k) {
-    if constexpr (L::kRowTiles == 4) {  // rows of 2, 4, 6 and 8 tiles as 2 | 2 2 | 3 3 | 3 3 2; long ones first
-      if (k < 3) return {3, 3 * k, k == 2 ? 2 : 3};
-      if (k < 5) return {2, 3 * (k - 3), 3};
-      if (k < 7) return {1, 2 * (k - 5), 2};
-      return {0, 0, 2};
-    } else {
-      if (k < 4) return {1, k, 1};
-      return {0, k - 4, 1};
-    }
-  }
-
-  __device__ __forceinline__ static void make(uint32_t C_tile, uint32_t B_tile, const Decays<L>& decays, uint32_t out) {
-    for (int k = threadIdx.x >> 5; k < kSlots; k += L::kWarps) make_slot(slot(k), C_tile, B_tile, decays, out);
-  }
-
-  __device__ __forceinline__ static void make_slot(const Slot s, uint32_t C_tile, uint32_t B_tile, const Decays<L>& decays,
-                                                   uint32_t out) {
-    const int lane = threadIdx.x & 31;
-    float acc[kMax][4] = {};
-#pragma unroll
-    for (int k = 0; k < L::kState / 16; k++) {
-      uint32_t c[4];
-      ldmatrix_x4(c, C_tile + Tile<L::kState>::offset(s.row * 16 + (lane & 15), 2 * k + (lane >> 4)));
-#pragma unroll
-      for (int u = 0; u < kMax; u++) {
-        const int tile = s.first + min(u, s.count - 1);  // a missing third tile repeats the last
-        uint32_t b[2];
-        ldmatrix_x2(b, B_tile + Tile<L::kState>::offset(tile * 8 + (lane & 7), 2 * k + ((lane >> 3) & 1)));
-        Traits<T>::mma(acc[u], c, b[0], b[1]);
-      }
-    }
-    const int t = s.row * 16 + (lane >> 2);
-#pragma unroll
-    for (int head = 0; head < L::kHeads; head++) {
-      const float* sum = decays.sum(head);
-      const float* dt = decays.dt(head);
-      const float sum_lo = sum[t], sum_hi = sum[t + 8];
-#pragma unroll
-      for (int u = 0; u < kMax; u++) {
-        if (u >= s.count) break;
-        const int tile = s.first + u, col = tile * 8 + (lane & 3) * 2;
-        const float2 sum_s = *reinterpret_cast<const float2*>(sum + col);
-        const float2 dt_s = *reinterpret_cast<const float2*>(dt + col);
-        float v0 = acc[u][0] * (ex2(sum_lo - sum_s.x) * dt_s.x);
-        float v1 = acc[u][1] * (ex2(sum_lo - sum_s.y) * dt_s.y);
-        float v2 = acc[u][2] * (ex2(sum_hi - sum_s.x) * dt_s.x);
-        float v3 = acc[u][3] * (ex2(sum_hi - sum_s.y) * dt_s.y);
-        if (tile >= 2 * s.row) {
-          if (col > t) v0 = 0.f;
-          if (col + 1 > t) v1 = 0.f;
-          if (col > t + 8) v2 = 0.f;
-          if (col + 1 > t + 8) v3 = 0.f;
-        }
-        const int block = s.row * (s.row + 1) / 2 + tile / 2;
-        const uint32_t at = out + head * L::kScores + block * 512 + (tile & 1) * 256 + lane * 4;
-        store_shared(at, Traits<T>::pack(v0, v1));
-        store_shared(at + 128, Traits<T>::pack(v2, v3));
-      }
-    }
-  }
-};
 
 // One chunk of one warp: its columns of y, and its state brought to the chunk's end.
 template <typename L>
 struct ChunkWarp {
   using T = typename L::T;
+  using Input = Tile<L::kHeadDim>;
+  using State = Tile<L::kState>;
   static constexpr int kRows = L::kRowTiles, kCols = L::kWarpCols / 8;
   float y[kRows][kCols][4];
 
   // y = C h, and h decayed to the end of the chunk.
   __device__ __forceinline__ void from_state(WarpState<L>& h, uint32_t C_tile, float decay) {
-    const int lane = threadIdx.x & 31;
+    const uint32_t C_rows = C_tile + State::lane_16x16();
 #pragma unroll
     for (int i = 0; i < kRows; i++)
 #pragma unroll
@@ -114,10 +41,11 @@ struct ChunkWarp {
           f[(n & 1) * 2] *= decay, f[(n & 1) * 2 + 1] *= decay;
         }
       }
+      const uint32_t C_k = State::along(C_rows, 2 * k);
 #pragma unroll
       for (int i = 0; i < kRows; i++) {
         uint32_t c[4];
-        ldmatrix_x4(c, C_tile + Tile<L::kState>::offset(i * 16 + (lane & 15), 2 * k + (lane >> 4)));
+        ldmatrix_x4(c, C_k + i * 16 * State::kRowBytes);
 #pragma unroll
         for (int n = 0; n < kCols; n++) Traits<T>::mma(y[i][n], c, b[n][0], b[n][1]);
       }
@@ -138,38 +66,41 @@ struct ChunkWarp {
   __device__ __forceinline__ void from_input(WarpState<L>& h, uint32_t x_tile, uint32_t B_tile, uint32_t scores,
                                              const float* to_end, int col0) {
     const int lane = threadIdx.x & 31;
+    const uint32_t x_rows = Input::along(x_tile + Input::lane_16x16(), col0 / 8), B_rows = B_tile + State::lane_16x16();
+    scores += lane * 16;
 #pragma unroll
     for (int j = 0; j < kRows; j++) {
       uint32_t x[WarpState<L>::kM][4];
-      WarpState<L>::load_input(x, x_tile, col0, j);
-#pragma unroll
-      for (int i = j; i < kRows; i++) {
+      WarpState<L>::load_input(x, x_rows + j * 16 * Input::kRowBytes);
+      const auto add_scores = [&](int i, uint32_t block) {
         uint32_t s[4];
-        ldmatrix_x4(s, scores + (i * (i + 1) / 2 + j) * 512 + lane * 16);
+        ldmatrix_x4(s, block);
 #pragma unroll
         for (int n = 0; n < kCols; n++) Traits<T>::mma(y[i][n], s, x[n / 2][(n & 1) * 2], x[n / 2][(n & 1) * 2 + 1]);
-      }
-      const float2 w0 = *reinterpret_cast<const float2*>(to_end + j * 16 + (lane & 3) * 2);
-      const float2 w8 = *reinterpret_cast<const float2*>(to_end + j * 16 + (lane & 3) * 2 + 8);
-      h.add_outer(x, w0, w8, B_tile, j);
+      };
+      add_scores(j, scores + (L::kMaskBlocks + j) * 512);
+#pragma unroll
+      for (int i = kRows - 1; i >= j; i--) add_scores(i, scores + (i * (i + 1) / 2 + j) * 512);
+      const float* weights = to_end + j * 16 + (lane & 3) * 2;
+      h.add_outer(x, *reinterpret_cast<const float2*>(weights), *reinterpret_cast<const float2*>(weights + 8),
+                  B_rows + j * 16 * State::kRowBytes);
     }
   }
 
-  // y += D x, from the x tile in shared memory.
-  __device__ __forceinline__ void add_skip(const float* D, bool per_channel, uint32_t x_tile, int col0) {
+  // y += D x with a D of its own for every channel (otherwise the scores carry it).
+  __device__ __forceinline__ void add_skip(const float* D, uint32_t x_tile, int col0) {
     const int lane = threadIdx.x & 31;
+    const uint32_t x_rows = Input::along(x_tile + Input::lane_16x16(), col0 / 8);
 #pragma unroll
     for (int m = 0; m < kCols / 2; m++) {
       float2 d[2];
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int col = col0 + m * 16 + half * 8 + (lane & 3) * 2;
-        d[half] = per_channel ? make_float2(D[col], D[col + 1]) : make_float2(D[0], D[0]);
-      }
+      for (int half = 0; half < 2; half++)
+        d[half] = *reinterpret_cast<const float2*>(D + col0 + m * 16 + half * 8 + (lane & 3) * 2);
 #pragma unroll
       for (int i = 0; i < kRows; i++) {
         uint32_t x[4];
-        ldmatrix_x4(x, x_tile + Tile<L::kHeadDim>::offset(i * 16 + (lane & 15), col0 / 8 + 2 * m + (lane >> 4)));
+        ldmatrix_x4(x, Input::along(x_rows, 2 * m) + i * 16 * Input::kRowBytes);
 #pragma unroll
         for (int r = 0; r < 4; r++) {
           const float2 f = Traits<T>::unpack(x[r]);
@@ -202,109 +133,127 @@ struct ChunkWarp {
   // the global stores are 16 bytes a lane.
   __device__ __forceinline__ void store(T* out, int64_t y_token, uint32_t x_tile, int rows, int col0) {
     const int lane = threadIdx.x & 31;
+    const uint32_t x_rows = Input::along(x_tile + Input::lane_16x16(), col0 / 8);
 #pragma unroll
     for (int i = 0; i < kRows; i++)
 #pragma unroll
-      for (int n = 0; n < kCols; n++)
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-          store_shared(x_tile + Tile<L::kHeadDim>::offset(i * 16 + half * 8 + (lane >> 2), col0 / 8 + n) + (lane & 3) * 4,
-                       Traits<T>::pack(y[i][n][half * 2], y[i][n][half * 2 + 1]));
+      for (int n = 0; n < kCols; n += 2)
+        store_matrix_x4(Input::along(x_rows, n) + i * 16 * Input::kRowBytes, Traits<T>::pack(y[i][n][0], y[i][n][1]),
+                        Traits<T>::pack(y[i][n][2], y[i][n][3]), Traits<T>::pack(y[i][n + 1][0], y[i][n + 1][1]),
+                        Traits<T>::pack(y[i][n + 1][2], y[i][n + 1][3]));
     __syncwarp();
-    constexpr int kPieces = L::kWarpCols / 8, kTotal = L::kChunk * kPieces;
+    constexpr int kPieces = L::kWarpCols / 8, kPass = 32 / kPieces;  // rows a pass: 8 or 16
+    // Rows q and q + 4 share a quarter of the warp: their swizzles differ where rows q and q + 1 would collide.
+    const int seq = lane / kPieces, row0 = (seq & ~7) | ((seq & 1) << 2) | ((seq >> 1) & 3);
+    const uint32_t from = x_tile + Input::offset(row0, col0 / 8 + lane % kPieces);
+    T* to = out + row0 * y_token + col0 + lane % kPieces * 8;
 #pragma unroll
-    for (int i = 0; i < kTotal / 32; i++) {
-      const int idx = lane + i * 32, piece = col0 / 8 + idx % kPieces;
-      // Rows q and q + 4 share a quarter of the warp: their swizzles differ where rows q and q + 1 would collide.
-      const int seq = idx / kPieces, row = (seq & ~7) | ((seq & 1) << 2) | ((seq >> 1) & 3);
+    for (int i = 0; i < L::kChunk / kPass; i++) {
       uint4 v;
       asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                   : "r"(x_tile + Tile<L::kHeadDim>::offset(row, piece)));
-      if (row < rows) *reinterpret_cast<uint4*>(out + row * y_token + piece * 8) = v;
+                   : "r"(from + i * kPass * Input::kRowBytes));
+      if (row0 + i * kPass < rows) *reinterpret_cast<uint4*>(to) = v;
+      to += kPass * y_token;
     }
   }
 };
 
+// The shared memory of ssd_scan_kernel.
 template <typename L>
-__global__ void __launch_bounds__(L::kThreads, 256 / L::kThreads > 0 ? 256 / L::kThreads : 1)
-    ssd_scan_kernel(const __grid_constant__ ScanArgs p) {
-  using T = typename L::T;
-  extern __shared__ __align__(128) uint8_t shared[];
-  constexpr int kTwoTiles = 2 * L::kStateTile;
-  const uint32_t base = smem_address(shared);
-  const auto C_tile = [&](int i) { return base + (i % 3) * kTwoTiles; };
-  const auto B_tile = [&](int i) { return base + (i % 3) * kTwoTiles + L::kStateTile; };
-  const auto x_tile = [&](int i) { return base + 3 * kTwoTiles + (i & 1) * L::kHeads * L::kInputTile; };
-  const auto scores = [&](int i) {
-    return base + 3 * kTwoTiles + 2 * L::kHeads * L::kInputTile + (i & 1) * L::kHeads * L::kScores;
-  };
-  const auto decays = [&](int i) {
-    uint8_t* at = shared + 3 * kTwoTiles + 2 * L::kHeads * (L::kInputTile + L::kScores) + (i % 3) * L::kDecays;
-    return Decays<L>{reinterpret_cast<float*>(at)};
-  };
+struct ScanShared {
+  uint8_t* base;
+  static constexpr int kStage = 2 * L::kStateTile;
+  static constexpr int kInput = 3 * kStage, kScore = kInput + 2 * L::kHeads * L::kInputTile;
+  static constexpr int kDecay = kScore + 2 * L::kHeads * L::kScores, kConstant = kDecay + 3 * L::kDecays;
+  __device__ uint32_t C(int i) const { return smem_address(base) + (i % 3) * kStage; }
+  __device__ uint32_t B(int i) const { return C(i) + L::kStateTile; }
+  __device__ uint32_t x(int i) const { return smem_address(base) + kInput + (i & 1) * L::kHeads * L::kInputTile; }
+  __device__ uint32_t scores(int i) const { return smem_address(base) + kScore + (i & 1) * L::kHeads * L::kScores; }
+  __device__ Decays<L> decays(int i) const {
+    return {reinterpret_cast<float*>(base + kDecay + (i % 3) * L::kDecays)};
+  }
+  __device__ HeadConstants<L> constants() const { return {reinterpret_cast<float*>(base + kConstant)}; }
+};
 
-  const Place at = place_of_block<L>(p);
-  const int limit = min(at.len, at.end);
+// Where an item's state comes from and goes to.
+struct StateRoute {
+  const float* load;       // [headdim, d_state] of the block's first head, NULL for zeros
+  int64_t load_head;       // from one head to the next
+  float* store;            // likewise
+  const float* take_over;  // instead of load: what the block before left in its scratch
+  float* hand_over;
+};
+
+template <typename L>
+__device__ __forceinline__ void scan_item(const ScanArgs& p, const Item& at, const StateRoute& route,
+                                          const ScanShared<L>& shared) {
+  using T = typename L::T;
+  const int limit = at.limit();
   const int chunks = limit > at.begin ? (limit - at.begin + L::kChunk - 1) / L::kChunk : 0;
-  const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + at.group * L::kState;
-  const T* C = static_cast<const T*>(p.C) + at.batch * p.C_batch + at.group * L::kState;
-  const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + at.head0 * L::kHeadDim;
   const auto token0 = [&](int i) { return at.begin + i * L::kChunk; };
   const auto load_BC = [&](int i) {
     if (i >= chunks) return;
-    load_state_tile<L>(C_tile(i), C, p.C_token, token0(i), limit);
-    load_state_tile<L>(B_tile(i), B, p.B_token, token0(i), limit);
+    constexpr int kPieces = L::kState / 8;
+    const int64_t t = token0(i), group = at.group * L::kState;
+    const T* C = static_cast<const T*>(p.C) + at.batch * p.C_batch + t * p.C_token + group;
+    const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + t * p.B_token + group;
+    load_tile<L, kPieces, L::kState>(shared.C(i), C, p.C_token, limit - token0(i), kPieces);
+    load_tile<L, kPieces, L::kState>(shared.B(i), B, p.B_token, limit - token0(i), kPieces);
   };
   const auto load_x = [&](int i) {
-    if (i < chunks) load_input_tile<L>(x_tile(i), x, p.x_token, token0(i), limit, at.heads);
+    if (i >= chunks) return;
+    constexpr int kPieces = L::kHeadDim / 8;
+    const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + token0(i) * p.x_token + at.head0 * L::kHeadDim;
+    load_tile<L, kPieces * L::kHeads, L::kHeadDim>(shared.x(i), x, p.x_token, limit - token0(i), kPieces * at.heads);
   };
 
-  const int warp = threadIdx.x >> 5, local_head = warp / L::kWarpsPerHead, head = at.head0 + local_head;
+  const int warp = threadIdx.x >> 5, local_head = warp / L::kWarpsPerHead;
   const int col0 = (warp % L::kWarpsPerHead) * L::kWarpCols;
   const bool active = local_head < at.heads;
-  const int64_t state_at = (static_cast<int64_t>(at.batch) * p.nheads + head) * L::kHeadDim * L::kState;
+  const float* skip = p.D && !p.d_per_channel ? p.D + at.head0 : nullptr;
 
-  DecayWarp<L> decay_warp;
-  float total[DecayWarp<L>::kPerWarp];
   load_BC(0), load_x(0), load_BC(1);
   cp_async_commit();
+  shared.constants().load(p, at);
+  DecayWarp<L> decay_warp;
+  decay_warp.fetch(p, at, token0(0));
+  __syncthreads();
+  decay_warp.store(p, at, token0(0), shared.constants(), shared.decays(0));
+  decay_warp.fetch(p, at, token0(1));
   WarpState<L> h;
-  h.zero();
-  if (active) {
-    if (p.splits > 1) {
-      const int64_t skip = static_cast<int64_t>(at.split) * L::kHeadDim * L::kState;
-      h.template move<true>(static_cast<const float*>(p.split_state) + state_at * p.splits + skip, col0);
-    } else if (p.initial_state) {
-      h.template move<true>(p.initial_state + state_at, col0);
-    }
+  if (route.take_over) {
+    h.take_over(route.take_over);
+  } else if (route.load && active) {
+    h.template move<true>(route.load + local_head * route.load_head, col0);
+  } else {
+    h.zero();
   }
-  for (int i = 0; i < 2; i++) {
-    decay_warp.fetch(p, at, token0(i));
-    decay_warp.store(p, at, token0(i), decays(i), total);
-  }
-  decay_warp.fetch(p, at, token0(2));
+  decay_warp.store(p, at, token0(1), shared.constants(), shared.decays(1));
   cp_async_wait<0>();
   __syncthreads();
-  if (chunks > 0) Scores<L>::make(C_tile(0), B_tile(0), decays(0), scores(0));
+  if (chunks > 0) Scores<L>::make(shared.C(0), shared.B(0), shared.decays(0), skip, at.heads, shared.scores(0));
 
+#pragma unroll 1
   for (int i = 0; i < chunks; i++) {
     cp_async_wait<0>();
     __syncthreads();
+    decay_warp.fetch(p, at, token0(i + 2));
     load_BC(i + 2), load_x(i + 1);
     cp_async_commit();
-    decay_warp.store(p, at, token0(i + 2), decays(i + 2), total);
-    decay_warp.fetch(p, at, token0(i + 3));
-    if (i + 1 < chunks) Scores<L>::make(C_tile(i + 1), B_tile(i + 1), decays(i + 1), scores(i + 1));
+    if (i + 1 < chunks)
+      Scores<L>::make(shared.C(i + 1), shared.B(i + 1), shared.decays(i + 1), skip, at.heads, shared.scores(i + 1));
+    if (i + 2 < chunks) decay_warp.store(p, at, token0(i + 2), shared.constants(), shared.decays(i + 2));
     if (!active) continue;
 
-    const Decays<L> d = decays(i);
-    const uint32_t x_head = x_tile(i) + local_head * L::kInputTile;
+    const Decays<L> d = shared.decays(i);
+    const uint32_t x_head = shared.x(i) + local_head * L::kInputTile;
+    const int head = at.head0 + local_head;
     ChunkWarp<L> chunk;
-    chunk.from_state(h, C_tile(i), d.from_start(local_head)[L::kChunk - 1]);
+    chunk.from_state(h, shared.C(i), d.from_start(local_head)[L::kChunk - 1]);
     chunk.scale_rows(d.from_start(local_head));
-    chunk.from_input(h, x_head, B_tile(i), scores(i) + local_head * L::kScores, d.to_end(local_head), col0);
-    if (p.D) chunk.add_skip(p.D + (p.d_per_channel ? head * L::kHeadDim : head), p.d_per_channel, x_head, col0);
+    chunk.from_input(h, x_head, shared.B(i), shared.scores(i) + local_head * L::kScores, d.to_end(local_head), col0);
+    if (p.D && p.d_per_channel) chunk.add_skip(p.D + head * L::kHeadDim, x_head, col0);
     const int rows = limit - token0(i);
     if (p.z) {
       const T* z = static_cast<const T*>(p.z) + at.batch * p.z_batch + token0(i) * p.z_token + head * L::kHeadDim;
@@ -315,7 +264,11 @@ __global__ void __launch_bounds__(L::kThreads, 256 / L::kThreads > 0 ? 256 / L::
     chunk.store(y, p.y_token, x_head, rows, col0);
   }
 
-  if (active && p.final_state && at.split == p.splits - 1) h.template move<false>(p.final_state + state_at, col0);
+  if (route.hand_over) {
+    h.hand_over(route.hand_over);
+  } else if (active && route.store) {
+    h.template move<false>(route.store + static_cast<int64_t>(local_head) * L::kHeadDim * L::kState, col0);
+  }
   // Padding gets zeros.
   T* y = static_cast<T*>(p.y) + at.batch * p.y_batch + at.head0 * L::kHeadDim;
   const int pieces = at.heads * L::kHeadDim / 8, first = max(at.begin, at.len);
@@ -323,30 +276,93 @@ __global__ void __launch_bounds__(L::kThreads, 256 / L::kThreads > 0 ? 256 / L::
     *reinterpret_cast<uint4*>(y + (first + idx / pieces) * p.y_token + (idx % pieces) * 8) = make_uint4(0, 0, 0, 0);
 }
 
+// One piece of one row a block.
+template <typename L>
+__global__ void __launch_bounds__(L::kThreads, L::kMinBlocks) ssd_scan_kernel(const __grid_constant__ ScanArgs p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const int split = blockIdx.y;
+  const Item at = item_at<L>(p, blockIdx.z, blockIdx.x, piece_start<L>(p, split), piece_start<L>(p, split + 1));
+  constexpr int kSize = L::kHeadDim * L::kState;
+  const int64_t head = static_cast<int64_t>(at.batch) * p.nheads + at.head0;
+  StateRoute route = {};
+  if (p.splits > 1)
+    route.load = p.split_state + (head * p.splits + split) * kSize, route.load_head = p.splits * kSize;
+  else if (p.initial_state)
+    route.load = p.initial_state + head * kSize, route.load_head = kSize;
+  if (p.final_state && split == p.splits - 1) route.store = p.final_state + head * kSize;
+  scan_item<L>(p, at, route, ScanShared<L>{memory});
+}
+
+// Equal runs of chunks a block, over the ends of rows. A run is at least a row long, so a row lies in two runs at
+// most; every block takes the beginning of its last row first and the end of its first row last, so that the state
+// it needs for that has long been handed over.
+template <typename L>
+__global__ void __launch_bounds__(L::kThreads, L::kMinBlocks) ssd_stream_kernel(const __grid_constant__ ScanArgs p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  constexpr int kSize = L::kHeadDim * L::kState;
+  const int row_chunks = (p.seqlen + L::kChunk - 1) / L::kChunk, block = blockIdx.x;
+  const int64_t all = static_cast<int64_t>(p.blocks_x) * p.batch * row_chunks;
+  const int64_t begin = all * block / gridDim.x, end = all * (block + 1) / gridDim.x;
+#pragma unroll 1
+  for (int row = static_cast<int>((end - 1) / row_chunks); row >= begin / row_chunks; row--) {
+    const int64_t row_begin = static_cast<int64_t>(row) * row_chunks;
+    const int first = static_cast<int>(max(begin - row_begin, static_cast<int64_t>(0)));
+    const int last = static_cast<int>(min(end - row_begin, static_cast<int64_t>(row_chunks)));
+    const Item at = item_at<L>(p, row / p.blocks_x, row % p.blocks_x, first, last);
+    const int64_t head = static_cast<int64_t>(at.batch) * p.nheads + at.head0;
+    StateRoute route = {};
+    __syncthreads();  // the item before is done with shared memory
+    if (first > 0) {
+      if (threadIdx.x == 0) {
+        volatile unsigned long long* flag = p.handed + block - 1;
+        while (*flag != p.ticket) {
+        }
+        *flag = 0;  // ready for the next launch with this ticket, a graph's replay
+        __threadfence();
+      }
+      __syncthreads();
+      route.take_over = p.handoff + static_cast<int64_t>(block - 1) * L::kHeads * kSize;
+    } else if (p.initial_state) {
+      route.load = p.initial_state + head * kSize, route.load_head = kSize;
+    }
+    if (last < row_chunks)
+      route.hand_over = p.handoff + static_cast<int64_t>(block) * L::kHeads * kSize;
+    else if (p.final_state)
+      route.store = p.final_state + head * kSize;
+    scan_item<L>(p, at, route, ScanShared<L>{memory});
+    if (last < row_chunks) {
+      __threadfence();
+      __syncthreads();
+      if (threadIdx.x == 0) *static_cast<volatile unsigned long long*>(p.handed + block) = p.ticket;
+    }
+  }
+}
+
 // The state at the end of every piece but the last, from zero, and the piece's decay.
 template <typename L>
-__global__ void __launch_bounds__(L::kThreads, 256 / L::kThreads > 0 ? 256 / L::kThreads : 1)
-    ssd_state_kernel(const __grid_constant__ ScanArgs p) {
+__global__ void __launch_bounds__(L::kThreads, L::kMinBlocks) ssd_state_kernel(const __grid_constant__ ScanArgs p) {
   using T = typename L::T;
-  extern __shared__ __align__(128) uint8_t shared[];
+  extern __shared__ __align__(1024) uint8_t memory[];
   constexpr int kStage = L::kStateTile + L::kHeads * L::kInputTile;
-  const uint32_t base = smem_address(shared);
-  const auto B_tile = [&](int i) { return base + (i % 3) * kStage; };
-  const auto x_tile = [&](int i) { return base + (i % 3) * kStage + L::kStateTile; };
+  const auto B_tile = [&](int i) { return smem_address(memory) + (i % 3) * kStage; };
+  const auto x_tile = [&](int i) { return B_tile(i) + L::kStateTile; };
   const auto decays = [&](int i) {
-    return Decays<L>{reinterpret_cast<float*>(shared + 3 * kStage + (i % 3) * L::kDecays)};
+    return Decays<L>{reinterpret_cast<float*>(memory + 3 * kStage + (i % 3) * L::kDecays)};
   };
+  const HeadConstants<L> constants{reinterpret_cast<float*>(memory + 3 * kStage + 3 * L::kDecays)};
 
-  const Place at = place_of_block<L>(p);
-  const int limit = min(at.len, at.end);
+  const int split = blockIdx.y;
+  const Item at = item_at<L>(p, blockIdx.z, blockIdx.x, piece_start<L>(p, split), piece_start<L>(p, split + 1));
+  const int limit = at.limit();
   const int chunks = limit > at.begin ? (limit - at.begin + L::kChunk - 1) / L::kChunk : 0;
-  const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + at.group * L::kState;
-  const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + at.head0 * L::kHeadDim;
   const auto token0 = [&](int i) { return at.begin + i * L::kChunk; };
   const auto load = [&](int i) {
     if (i < chunks) {
-      load_state_tile<L>(B_tile(i), B, p.B_token, token0(i), limit);
-      load_input_tile<L>(x_tile(i), x, p.x_token, token0(i), limit, at.heads);
+      constexpr int kB = L::kState / 8, kX = L::kHeadDim / 8;
+      const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + token0(i) * p.B_token + at.group * L::kState;
+      const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + token0(i) * p.x_token + at.head0 * L::kHeadDim;
+      load_tile<L, kB, L::kState>(B_tile(i), B, p.B_token, limit - token0(i), kB);
+      load_tile<L, kX * L::kHeads, L::kHeadDim>(x_tile(i), x, p.x_token, limit - token0(i), kX * at.heads);
     }
     cp_async_commit();
   };
@@ -355,41 +371,43 @@ __global__ void __launch_bounds__(L::kThreads, 256 / L::kThreads > 0 ? 256 / L::
   const int col0 = (warp % L::kWarpsPerHead) * L::kWarpCols;
   const bool active = local_head < at.heads;
 
-  DecayWarp<L> decay_warp;
-  float total[DecayWarp<L>::kPerWarp], sum[DecayWarp<L>::kPerWarp] = {};
   load(0), load(1);
+  constants.load(p, at);
+  DecayWarp<L> decay_warp;
+  float sum[DecayWarp<L>::kPerWarp] = {};
+  decay_warp.fetch(p, at, token0(0));
+  __syncthreads();
+  decay_warp.store(p, at, token0(0), constants, decays(0));
+  decay_warp.fetch(p, at, token0(1));
   WarpState<L> h;
   h.zero();
-  decay_warp.fetch(p, at, token0(0));
-  decay_warp.store(p, at, token0(0), decays(0), total);
-  decay_warp.fetch(p, at, token0(1));
+#pragma unroll 1
   for (int i = 0; i < chunks; i++) {
 #pragma unroll
-    for (int k = 0; k < DecayWarp<L>::kPerWarp; k++) sum[k] += total[k];
+    for (int k = 0; k < DecayWarp<L>::kPerWarp; k++) sum[k] += decay_warp.total[k];
     cp_async_wait<1>();
     __syncthreads();
     load(i + 2);
-    decay_warp.store(p, at, token0(i + 1), decays(i + 1), total);
+    decay_warp.store(p, at, token0(i + 1), constants, decays(i + 1));
     decay_warp.fetch(p, at, token0(i + 2));
     if (!active) continue;
     const Decays<L> d = decays(i);
-    const float decay = d.from_start(local_head)[L::kChunk - 1];
-#pragma unroll
-    for (int m = 0; m < WarpState<L>::kM; m++)
-#pragma unroll
-      for (int n = 0; n < WarpState<L>::kN; n++)
-#pragma unroll
-        for (int r = 0; r < 4; r++) h.v[m][n][r] *= decay;
+    h.scale(d.from_start(local_head)[L::kChunk - 1]);
+    using Input = Tile<L::kHeadDim>;
+    using State = Tile<L::kState>;
+    const uint32_t x_rows = Input::along(x_tile(i) + local_head * L::kInputTile + Input::lane_16x16(), col0 / 8);
+    const uint32_t B_rows = B_tile(i) + State::lane_16x16();
 #pragma unroll
     for (int j = 0; j < L::kRowTiles; j++) {
-      uint32_t frag[WarpState<L>::kM][4];
-      WarpState<L>::load_input(frag, x_tile(i) + local_head * L::kInputTile, col0, j);
-      const float* to_end = d.to_end(local_head) + j * 16 + (lane & 3) * 2;
-      h.add_outer(frag, *reinterpret_cast<const float2*>(to_end), *reinterpret_cast<const float2*>(to_end + 8), B_tile(i), j);
+      uint32_t x[WarpState<L>::kM][4];
+      WarpState<L>::load_input(x, x_rows + j * 16 * Input::kRowBytes);
+      const float* weights = d.to_end(local_head) + j * 16 + (lane & 3) * 2;
+      h.add_outer(x, *reinterpret_cast<const float2*>(weights), *reinterpret_cast<const float2*>(weights + 8),
+                  B_rows + j * 16 * State::kRowBytes);
     }
   }
 
-  const int64_t row = (static_cast<int64_t>(at.batch) * p.nheads + at.head0) * p.splits + at.split;
+  const int64_t row = (static_cast<int64_t>(at.batch) * p.nheads + at.head0) * p.splits + split;
   if (active)
     h.template move<false>(p.split_state + (row + static_cast<int64_t>(local_head) * p.splits) * L::kHeadDim * L::kState, col0);
 #pragma unroll
