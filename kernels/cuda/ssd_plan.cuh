@@ -20,6 +20,8 @@ bool plan_n16(int dtype, int headdim, int layout, Plan* plan);
 bool plan_n64(int dtype, int headdim, int layout, Plan* plan);
 bool plan_n128(int dtype, int headdim, int layout, Plan* plan);
 bool plan_n256(int dtype, int headdim, int layout, Plan* plan);
+// Only in builds for Hopper (MAMBA_SM90A).
+bool plan_hopper(int dtype, int headdim, int d_state, Plan* plan);
 
 }  // namespace ssd
 }  // namespace mamba

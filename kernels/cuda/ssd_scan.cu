@@ -12,11 +12,12 @@ namespace mamba {
 namespace ssd {
 namespace {
 
-constexpr int kLayouts = 4;           // tried for every size; most have fewer
+constexpr int kLayouts = 4;  // tried for every size; most have fewer
+constexpr int kHopperLayout = 0;
 constexpr int kMaxGrid = 65535;
 
 struct Device {
-  int sms, shared_block, shared_sm;
+  int sms, shared_block, shared_sm, capability;
 };
 
 const Device& device() {
@@ -27,6 +28,10 @@ const Device& device() {
   if (d.sms == 0) {
     cudaDeviceGetAttribute(&d.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
     cudaDeviceGetAttribute(&d.shared_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id);
+    d.capability = 10 * major + minor;
     d.sms = sm_count();
   }
   return d;
@@ -63,19 +68,28 @@ bool wide_access(const mamba_ssd_scan_params& p) {
          multiple_of_8(p.z_token_stride);
 }
 
+bool find_plan(const mamba_ssd_scan_params& p, int layout, Plan* plan) {
+  if (layout == kHopperLayout) {
+#ifdef MAMBA_SM90A
+    return device().capability == 90 && plan_hopper(p.dtype, p.headdim, p.d_state, plan);
+#else
+    return false;
+#endif
+  }
+  switch (p.d_state) {
+    case 16: return plan_n16(p.dtype, p.headdim, layout, plan);
+    case 64: return plan_n64(p.dtype, p.headdim, layout, plan);
+    case 128: return plan_n128(p.dtype, p.headdim, layout, plan);
+    case 256: return plan_n256(p.dtype, p.headdim, layout, plan);
+    default: return false;
+  }
+}
+
 bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
   // Their scores hold log2(dt): no negative steps.
   if (p.dtype == MAMBA_F32 || !wide_access(p) || !(p.dt_min >= 0.f)) return false;
   Plan plan;
-  bool found = false;
-  switch (p.d_state) {
-    case 16: found = plan_n16(p.dtype, p.headdim, layout, &plan); break;
-    case 64: found = plan_n64(p.dtype, p.headdim, layout, &plan); break;
-    case 128: found = plan_n128(p.dtype, p.headdim, layout, &plan); break;
-    case 256: found = plan_n256(p.dtype, p.headdim, layout, &plan); break;
-    default: break;
-  }
-  if (!found || plan.scan_shared > device().shared_block || plan.state_shared > device().shared_block) return false;
+  if (!find_plan(p, layout, &plan) || plan.scan_shared > device().shared_block || plan.state_shared > device().shared_block) return false;
   out->layout = layout, out->heads = plan.heads, out->chunk = plan.chunk, out->threads = plan.threads;
   out->resident = plan.resident, out->shared = plan.scan_shared, out->state_shared = plan.state_shared;
   out->scan = plan.scan, out->stream = plan.stream, out->state = plan.state;
