@@ -22,6 +22,8 @@ from mamba_export.targets import Target, get_target
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 PREFILL, STEP = "prefill.onnx", "step.onnx"
+CPU_GRAPHS = {PREFILL: "prefill.cpu.onnx", STEP: "step.cpu.onnx"}
+"""Second graphs over the same weights, which runners take on a CPU; only in bundles whose target has them."""
 WEIGHTS, CONFIG, TOKENIZER = "weights.bin", "config.json", "tokenizer.json"
 _BLOCK = 8 << 20
 
@@ -37,7 +39,7 @@ class Manifest:
     ragged: bool
     opset: int
     nodes: dict[str, dict[str, int]]
-    """Per graph: op type → number of nodes."""
+    """Per graph, named as its file without the suffix: op type → number of nodes."""
     checkpoint: dict[str, Any]
     tools: dict[str, str]
     eos_token_ids: list[int]
@@ -99,6 +101,11 @@ class Bundle:
     def file(self, name: str) -> Path:
         """Path of one of the bundle's files."""
         return self.path / name
+
+    def graph(self, name: str, device: str) -> Path:
+        """Path of the graph ``name`` (``prefill.onnx`` or ``step.onnx``) that suits ``device`` best."""
+        for_cpu = CPU_GRAPHS[name]
+        return self.path / (for_cpu if device == "cpu" and for_cpu in self.manifest.files else name)
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mamba_export.bundle import (
     CONFIG,
+    CPU_GRAPHS,
     PREFILL,
     STEP,
     TOKENIZER,
@@ -104,15 +105,19 @@ def _make_graphs(
     checkpoint: Checkpoint, target: str, dtype: str, logits: Literal["last", "all"], ragged: bool, progress: Progress
 ) -> _Graphs:
     from mamba_export.graph.external import place_weights
-    from mamba_export.graph.lower import lower
-    from mamba_export.graph.trace import OPSET, TraceOptions, trace
+    from mamba_export.graph.lower import lower, lower_for_cpu
+    from mamba_export.graph.trace import OPSET, GraphKind, TraceOptions, trace
 
     options = TraceOptions(dtype, logits, ragged)
-    models = {}
-    for kind in ("prefill", "step"):
+    models: dict[str, ir.Model] = {}
+    kinds: dict[GraphKind, str] = {"prefill": PREFILL, "step": STEP}
+    for kind, file in kinds.items():
         with progress.stage(f"trace {kind}"):
             model = trace(checkpoint.spec, kind, options)
-            models[kind] = lower(model, checkpoint.spec, dtype, get_target(target))
+            for_cpu = lower_for_cpu(model, checkpoint.spec, dtype, get_target(target))
+            models[file] = lower(model, checkpoint.spec, dtype, get_target(target))
+            if for_cpu is not None:
+                models[CPU_GRAPHS[file]] = for_cpu
     manifest = Manifest(
         spec=checkpoint.spec.to_dict(),
         target=target,
@@ -120,20 +125,19 @@ def _make_graphs(
         logits=logits,
         ragged=ragged,
         opset=OPSET,
-        nodes={kind: _count(model) for kind, model in models.items()},
+        nodes={file.removesuffix(".onnx"): _count(model) for file, model in models.items()},
         checkpoint={},
         tools=_tools(),
         eos_token_ids=list(checkpoint.eos_token_ids),
         states=state_rows(checkpoint.spec, dtype, get_target(target)),
         requires=get_target(target).requires,
     )
-    return _Graphs(models["prefill"], models["step"], place_weights(list(models.values())), manifest)
+    return _Graphs(models, place_weights(list(models.values())), manifest)
 
 
 @dataclass
 class _Graphs:
-    prefill: ir.Model
-    step: ir.Model
+    models: dict[str, ir.Model]
     placements: dict[str, Any]
     manifest: Manifest
 
@@ -147,9 +151,9 @@ def _write(
     report = None
     with write_bundle(out, force, needed=size + (16 << 20)) as writer:
         with progress.stage("write weights", total=size) as tick, (writer.path / WEIGHTS).open("wb") as file:
-            write_weights(checkpoint, graphs.prefill, graphs.placements, file, tick)
-        save_graph(graphs.prefill, writer.path / PREFILL)
-        save_graph(graphs.step, writer.path / STEP)
+            write_weights(checkpoint, graphs.models[PREFILL], graphs.placements, file, tick)
+        for name, model in graphs.models.items():
+            save_graph(model, writer.path / name)
         config = checkpoint.config or checkpoint.spec.to_dict()
         (writer.path / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if checkpoint.tokenizer is not None:

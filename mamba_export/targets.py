@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from mamba_export.errors import UsageError
 from mamba_export.states import Layout
+
+if TYPE_CHECKING:
+    from mamba_export.ops.builder import Flavour
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Target:
         name: the value of ``--target``.
         runs_on: for people.
         flavour: which bodies replace ops that are not kept.
+        cpu_flavour: bodies of a second pair of graphs over the same weights, written where they differ, which
+            runners take on a CPU.
         plugins: keep the ``mamba`` ops as nodes, for a TensorRT plugin of that name.
         functions: attach a model-local function body to every kept op, for runtimes without the plugin.
         ssm_layout: layout of the Mamba-2 SSM state at the graph's edge.
@@ -25,7 +30,8 @@ class Target:
 
     name: str
     runs_on: str
-    flavour: Literal["portable", "ort"] = "portable"
+    flavour: Flavour = "portable"
+    cpu_flavour: Flavour | None = None
     plugins: bool = False
     functions: bool = False
     ssm_layout: Layout = "PN"
@@ -46,6 +52,7 @@ TARGETS = {
             "ort",
             "stock ONNX Runtime, CPU and CUDA, fast",
             flavour="ort",
+            cpu_flavour="ort-cpu",
             ssm_layout="NP",
             requires="onnxruntime>=1.30",
         ),

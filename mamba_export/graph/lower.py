@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,16 @@ from mamba_export.targets import Target, get_target
 
 # What TensorRT's parser reads on a node to find its plugin (namespace "" and version "1").
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "", "plugin_version": "1"}
+
+
+def lower_for_cpu(model: ir.Model, spec: ModelSpec, dtype: str, target: Target) -> ir.Model | None:
+    """A copy of the traced ``model``, lowered to the target's CPU flavour; None where that makes no difference."""
+    if target.cpu_flavour is None:
+        return None
+    ops = [OPS[node.op_type] for node in model.graph if node.domain == DOMAIN]
+    if all(op.body(target.cpu_flavour) is op.body(target.flavour) for op in ops):
+        return None
+    return lower(model.clone(), spec, dtype, dataclasses.replace(target, flavour=target.cpu_flavour))
 
 
 def lower(model: ir.Model, spec: ModelSpec, dtype: str, target: Target) -> ir.Model:

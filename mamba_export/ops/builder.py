@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-Flavour = Literal["portable", "ort", "ort-cuda"]
-"""``portable``: standard ops, opset 20. ``ort``: ONNX Runtime's contrib ops too, those fast on CUDA in ``ort-cuda``."""
+Flavour = Literal["portable", "ort", "ort-cpu"]
+"""``portable``: standard ops, opset 20. ``ort``: ONNX Runtime's contrib ops too. ``ort-cpu``: of both, the fastest on a CPU."""
 Array = np.ndarray[Any, Any]
 
 

@@ -31,7 +31,7 @@ class OpDef:
         translate: makes the ONNX node from the torch arguments (an entry of the exporter's translation table).
         portable: body in standard ops, opset 20.
         ort: body with ONNX Runtime's contrib ops; None means ``portable``.
-        cuda: body for ONNX Runtime on CUDA, where another one is faster; None means ``ort``.
+        ort_cpu: body for ONNX Runtime on a CPU, where another one is faster; None means ``ort``.
         plugin: whether targets with plugins keep the node. Others are always replaced by a body.
     """
 
@@ -40,7 +40,7 @@ class OpDef:
     translate: Callable[..., Any]
     portable: Body
     ort: Body | None = None
-    cuda: Body | None = None
+    ort_cpu: Body | None = None
     plugin: bool = True
 
     @property
@@ -49,7 +49,7 @@ class OpDef:
 
     def body(self, flavour: Flavour) -> Body:
         """The body that ``flavour`` uses."""
-        candidates = {"portable": (), "ort": (self.ort,), "ort-cuda": (self.cuda, self.ort)}[flavour]
+        candidates = {"portable": (), "ort": (self.ort,), "ort-cpu": (self.ort_cpu, self.ort)}[flavour]
         return next((body for body in candidates if body is not None), self.portable)
 
 

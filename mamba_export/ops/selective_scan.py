@@ -215,8 +215,10 @@ def _time_step(prefix: str, a: ir.Value) -> ir.Graph:
     return ir.Graph([h, dt, dtu, b, c], [new, op.MatMul(c, new)], nodes=op.nodes, name=f"{prefix}scan_step")
 
 
-def _linear_attention(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
+def linear_attention(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
     """com.microsoft LinearAttention with the gated rule: q = C, k = B, one head a channel and d_v = 1.
+
+    Serves selective_scan and selective_state_update.
 
     It has a kernel for CUDA, where a Scan would launch several a token. On a CPU it takes five times as long as the
     Scan, and it needs the decay Δ⊗A [B, L, D·N] in memory.
@@ -224,7 +226,8 @@ def _linear_attention(op: Builder, inputs: Inputs, attributes: Attributes) -> li
     s = ScanInputs(op, inputs, attributes)
     decay = op.Reshape(op.Mul(op.unsqueeze(s.dt, 3), s.A), op.i64([0, 0, s.channels * s.d_state]))
     operands = [s.C, s.B, op.Mul(s.dt, s.u), decay]
-    q, k, value, decay = (op.flip(x, 1) for x in operands) if attributes["reverse"] else operands
+    reverse = attributes.get("reverse", 0)
+    q, k, value, decay = (op.flip(x, 1) for x in operands) if reverse else operands
     y, present = op.contrib(
         "LinearAttention",
         *(q, k, value, op.unsqueeze(s.state, 3), decay),
@@ -234,7 +237,9 @@ def _linear_attention(op: Builder, inputs: Inputs, attributes: Attributes) -> li
         update_rule="gated",
         scale=1.0,
     )
-    return [s.finish(op.flip(y, 1) if attributes["reverse"] else y), op.Squeeze(present, op.i64([3]))]
+    return [s.finish(op.flip(y, 1) if reverse else y), op.Squeeze(present, op.i64([3]))]
 
 
-OP = OpDef(SCHEMA, torch.ops.mamba_export.selective_scan.default, _translate, _portable, cuda=_linear_attention)
+OP = OpDef(
+    SCHEMA, torch.ops.mamba_export.selective_scan.default, _translate, _portable, linear_attention, ort_cpu=_portable
+)

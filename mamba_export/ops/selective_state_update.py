@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mamba_export.ops.builder import Builder
 from mamba_export.ops.opdef import Attributes, Inputs, OpDef, make_schema, onnx_op
-from mamba_export.ops.selective_scan import INPUTS, ScanInputs, selective_scan_reference
+from mamba_export.ops.selective_scan import INPUTS, ScanInputs, linear_attention, selective_scan_reference
 
 SCHEMA = make_schema(
     "MambaSelectiveStateUpdate",
@@ -95,4 +95,11 @@ def _portable(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Va
     return [s.finish(y), op.Reshape(h, op.i64([0, s.channels, d_state]))]
 
 
-OP = OpDef(SCHEMA, torch.ops.mamba_export.selective_state_update.default, _translate, _portable)
+OP = OpDef(
+    SCHEMA,
+    torch.ops.mamba_export.selective_state_update.default,
+    _translate,
+    _portable,
+    linear_attention,
+    ort_cpu=_portable,
+)

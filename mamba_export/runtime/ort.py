@@ -19,6 +19,7 @@ from mamba_export.runtime.ort_session import PROVIDERS, make_session, state_dtyp
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+
 class OrtRunner:
     """A bundle in ONNX Runtime; see :class:`mamba_export.runtime.base.Runner`.
 
@@ -26,13 +27,14 @@ class OrtRunner:
     never holds the prefill graph.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None, suited: bool = True) -> None:
         """Prepare to run ``bundle``.
 
         Args:
             bundle: an open bundle.
             device: ``cpu`` or ``cuda``.
             threads: of the CPU; ONNX Runtime's choice when None.
+            suited: take the graphs that suit ``device`` best, where the bundle has two pairs.
 
         Raises:
             MissingExtraError: ONNX Runtime is not installed.
@@ -48,17 +50,17 @@ class OrtRunner:
                 'pip install "mamba-export[gpu]"' if device == "cuda" else None,
             )
         self.bundle, self.spec, self.device = bundle, bundle.spec, device
-        self._threads = threads
+        self._threads, self._suited = threads, suited
 
     @functools.cached_property
     def prefill_session(self) -> ort.InferenceSession:
         """The session of prefill.onnx."""
-        return make_session(self.bundle, PREFILL, self.device, self._threads)
+        return make_session(self.bundle, PREFILL, self.device, self._threads, self._suited)
 
     @functools.cached_property
     def step_session(self) -> ort.InferenceSession:
         """The session of step.onnx."""
-        return make_session(self.bundle, STEP, self.device, self._threads)
+        return make_session(self.bundle, STEP, self.device, self._threads, self._suited)
 
     def initial_state(self, batch: int) -> StateValues:
         states, device = self.bundle.states, self.device

@@ -37,8 +37,10 @@ def state_dtype(state: State, device: str) -> Any:
     return _NUMPY[state.dtype]
 
 
-def make_session(bundle: Bundle, graph: str, device: str = "cpu", threads: int | None = None) -> ort.InferenceSession:
-    """An ONNX Runtime session of one of the bundle's graphs.
+def make_session(
+    bundle: Bundle, graph: str, device: str = "cpu", threads: int | None = None, suited: bool = True
+) -> ort.InferenceSession:
+    """An ONNX Runtime session of one of the bundle's graphs; with ``suited``, of the one that suits ``device`` best.
 
     Two kinds of graph are changed in memory first, which needs the ``export`` extra: plugin ops without function
     bodies get the bodies, and on the CPU, which has no bfloat16 kernels, bfloat16 is computed in float32.
@@ -52,7 +54,7 @@ def make_session(bundle: Bundle, graph: str, device: str = "cpu", threads: int |
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    source = _source(bundle, graph, device)
+    source = _source(bundle, bundle.graph(graph, device) if suited else bundle.file(graph), device)
     if isinstance(source, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
     providers = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
@@ -67,9 +69,8 @@ def make_session(bundle: Bundle, graph: str, device: str = "cpu", threads: int |
         ) from error
 
 
-def _source(bundle: Bundle, graph: str, device: str) -> str | bytes:
+def _source(bundle: Bundle, path: Path, device: str) -> str | bytes:
     """The graph as a path, or changed and serialized."""
-    path: Path = bundle.file(graph)
     bodies = bundle.target.plugins and not bundle.target.functions
     widen = bundle.manifest.dtype == "bf16" and device == "cpu"
     if not bodies and not widen:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mamba_export.bundle import Bundle
+from mamba_export.bundle import PREFILL, Bundle
 from mamba_export.checkpoint import Checkpoint, open_checkpoint
 from mamba_export.errors import UsageError
 from mamba_export.extras import require
@@ -129,17 +129,24 @@ def verify_bundle(
     require("polygraphy", "onnxruntime", extra="export", purpose="verify")
     from mamba_export.runtime.ort import OrtRunner
 
-    runner = OrtRunner(bundle, device, threads=_threads(checkpoint.n_parameters))
-    return compare_with_checkpoint(runner, f"ONNX Runtime, {device}", bundle, checkpoint, progress)
+    threads = _threads(checkpoint.n_parameters)
+    runners: dict[str, Runner] = {"": OrtRunner(bundle, device, threads)}
+    if bundle.graph(PREFILL, device) != bundle.file(PREFILL):
+        runners["standard graphs: "] = OrtRunner(bundle, device, threads, suited=False)
+    return compare_with_checkpoint(runners, f"ONNX Runtime, {device}", bundle, checkpoint, progress)
 
 
 def compare_with_checkpoint(
-    runner: Runner, runtime: str, bundle: Bundle, checkpoint: Checkpoint, progress: Progress = silent
+    runners: Runner | dict[str, Runner],
+    runtime: str,
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    progress: Progress = silent,
 ) -> VerificationReport:
-    """Run every scenario through ``runner`` and through torch, and compare.
+    """Run every scenario through the bundle's runner and through torch, and compare.
 
     Args:
-        runner: whatever runs the bundle.
+        runners: whatever runs the bundle; several under a prefix that names each in the report.
         runtime: its name, for the report.
         bundle: tells dtype, layout and whether rows may be ragged.
         checkpoint: the truth.
@@ -148,16 +155,20 @@ def compare_with_checkpoint(
     from mamba_export.runtime.torch_runner import TorchRunner
     from mamba_export.verification.polygraphy_runner import run_both
 
+    runners = runners if isinstance(runners, dict) else {"": runners}
     scenarios = make_scenarios(bundle.spec.vocab_size, bundle.manifest.ragged)
     report = VerificationReport(runtime, bundle.manifest.dtype)
     tolerance = TOLERANCES[bundle.manifest.dtype]
-    with progress.stage("verify", total=2 * len(scenarios)) as tick, _torch_threads(checkpoint.n_parameters):
+    with progress.stage("verify", total=len(runners) * len(scenarios)) as tick, _torch_threads(checkpoint.n_parameters):
         oracle = TorchRunner(checkpoint, bundle.manifest.dtype, "fp32", bundle.target.ssm_layout)
         for scenario in scenarios:
-            found, wanted = run_both(scenario, runner, oracle)
-            tick(2)
-            for name, reference in wanted.items():
-                report.errors.append(OutputError.of(scenario.name, name, found[name], reference, tolerance))
+            for prefix, runner in runners.items():
+                found, wanted = run_both(scenario, runner, oracle)
+                tick(1)
+                for name, reference in wanted.items():
+                    report.errors.append(
+                        OutputError.of(prefix + scenario.name, name, found[name], reference, tolerance)
+                    )
     return report
 
 
