@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mamba_export.errors import EnvironmentProblem, MissingExtraError
 from mamba_export.extras import available
 from mamba_export.runtime.base import Ids, Logits, StateValues
 from mamba_export.runtime.ort_loop import OrtStepLoop
-from mamba_export.runtime.ort_session import PROVIDERS, make_session, state_dtype
+from mamba_export.runtime.ort_session import AUTO, PROVIDERS, make_session, state_dtype
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -27,7 +28,14 @@ class OrtRunner:
     never holds the prefill graph.
     """
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None, suited: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        threads: int | None = None,
+        suited: bool = True,
+        library: str | Path | None = AUTO,
+    ) -> None:
         """Prepare to run ``bundle``.
 
         Args:
@@ -35,6 +43,7 @@ class OrtRunner:
             device: ``cpu`` or ``cuda``.
             threads: of the CPU; ONNX Runtime's choice when None.
             suited: take the graphs that suit ``device`` best, where the bundle has two pairs.
+            library: computes plugin ops; see :func:`mamba_export.runtime.ort_session.make_session`.
 
         Raises:
             MissingExtraError: ONNX Runtime is not installed.
@@ -50,17 +59,17 @@ class OrtRunner:
                 'pip install "mamba-export[gpu]"' if device == "cuda" else None,
             )
         self.bundle, self.spec, self.device = bundle, bundle.spec, device
-        self._threads, self._suited = threads, suited
+        self._threads, self._suited, self._library = threads, suited, library
 
     @functools.cached_property
     def prefill_session(self) -> ort.InferenceSession:
         """The session of prefill.onnx."""
-        return make_session(self.bundle, PREFILL, self.device, self._threads, self._suited)
+        return make_session(self.bundle, PREFILL, self.device, self._threads, self._suited, self._library)
 
     @functools.cached_property
     def step_session(self) -> ort.InferenceSession:
         """The session of step.onnx."""
-        return make_session(self.bundle, STEP, self.device, self._threads, self._suited)
+        return make_session(self.bundle, STEP, self.device, self._threads, self._suited, self._library)
 
     def initial_state(self, batch: int) -> StateValues:
         states, device = self.bundle.states, self.device

@@ -17,6 +17,7 @@ from mamba_export.states import State
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+AUTO = "auto"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
@@ -38,12 +39,20 @@ def state_dtype(state: State, device: str) -> Any:
 
 
 def make_session(
-    bundle: Bundle, graph: str, device: str = "cpu", threads: int | None = None, suited: bool = True
+    bundle: Bundle,
+    graph: str,
+    device: str = "cpu",
+    threads: int | None = None,
+    suited: bool = True,
+    library: str | Path | None = AUTO,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session of one of the bundle's graphs; with ``suited``, of the one that suits ``device`` best.
 
     Two kinds of graph are changed in memory first, which needs the ``export`` extra: plugin ops without function
     bodies get the bodies, and on the CPU, which has no bfloat16 kernels, bfloat16 is computed in float32.
+
+    Plugin ops are computed by the custom-op library ``library`` (AUTO: the one that
+    :func:`mamba_export.plugins.ort_library.find` knows; None: none), on the CPU alone; without one by their bodies.
 
     Raises:
         EnvironmentProblem: ONNX Runtime can't run this graph; the message says why.
@@ -54,7 +63,12 @@ def make_session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
-    source = _source(bundle, bundle.graph(graph, device) if suited else bundle.file(graph), device)
+    operators = _operators(bundle, device, library)
+    if operators is not None:
+        from mamba_export.plugins import ort_library
+
+        ort_library.register(options, operators)
+    source = _source(bundle, bundle.graph(graph, device) if suited else bundle.file(graph), device, operators)
     if isinstance(source, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
     providers = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
@@ -69,9 +83,23 @@ def make_session(
         ) from error
 
 
-def _source(bundle: Bundle, path: Path, device: str) -> str | bytes:
+def _operators(bundle: Bundle, device: str, library: str | Path | None) -> Path | None:
+    """The custom-op library for this bundle."""
+    if not bundle.target.plugins or device != "cpu" or library is None:
+        return None
+    if library != AUTO:
+        return Path(library)
+    try:
+        from mamba_export.plugins import ort_library
+    except ImportError:  # a checkout, neither installed nor started by cli.py
+        return None
+    found: Path | None = ort_library.find()
+    return found
+
+
+def _source(bundle: Bundle, path: Path, device: str, operators: Path | None) -> str | bytes:
     """The graph as a path, or changed and serialized."""
-    bodies = bundle.target.plugins and not bundle.target.functions
+    bodies = bundle.target.plugins and not bundle.target.functions and operators is None
     widen = bundle.manifest.dtype == "bf16" and device == "cpu"
     if not bodies and not widen:
         return os.fspath(path)

@@ -1,0 +1,1 @@
+"""Adapters of the kernels to engines: TensorRT (tensorrt/) and ONNX Runtime (onnxruntime/)."""
