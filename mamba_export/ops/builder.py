@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 Flavour = Literal["portable", "ort", "ort-cpu"]
-"""``portable``: standard ops, opset 20. ``ort``: ONNX Runtime's contrib ops too. ``ort-cpu``: of both, the fastest on a CPU."""
+"""``portable``: standard ops, opset 20. ``ort``: ONNX Runtime's contrib ops too. ``ort-cpu``: the fastest of both on a
+CPU."""
 Array = np.ndarray[Any, Any]
 
 
@@ -94,6 +95,7 @@ def static_dim(value: ir.Value, axis: int) -> int:
     Raises:
         ValueError: when the axis is dynamic or the shape unknown: a body can't be built then.
     """
-    if value.shape is None or not isinstance(value.shape[axis], int):
+    dim = None if value.shape is None else value.shape[axis]
+    if not isinstance(dim, int):
         raise ValueError(f"axis {axis} of {value.name} is not static: {value.shape}")
-    return int(value.shape[axis])  # type: ignore[call-overload]
+    return dim
