@@ -85,7 +85,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def tactics(op: str, params: ctypes.Structure) -> list[int]:
     """The tactics that cover the shape in ``params``, the selector's own choice first."""
-    out = (ctypes.c_int32 * 64)()
+    out = (ctypes.c_int32 * 256)()
     count = getattr(load(), f"mamba_{op}_tactics")(ctypes.byref(params), out, len(out))
     return list(out[:count])
 

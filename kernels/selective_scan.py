@@ -62,16 +62,28 @@ def _params(
     ):
         if x is None:
             continue
-        _require(x.is_cuda and x.dtype == u.dtype and x.shape == shape, f"{name} must be {u.dtype} {list(shape)} on the GPU")
+        _require(
+            x.is_cuda and x.dtype == u.dtype and x.shape == shape, f"{name} must be {u.dtype} {list(shape)} on the GPU"
+        )
         dense = x.stride(-1) == 1 or x.shape[-1] == 1
-        _require(dense and (x.dim() == 3 or x.shape[2] == 1 or x.stride(2) == d_state), f"{name}: a token's row must be dense")
+        _require(
+            dense and (x.dim() == 3 or x.shape[2] == 1 or x.stride(2) == d_state),
+            f"{name}: a token's row must be dense",
+        )
         fields |= {name: x.data_ptr(), f"{name}_batch_stride": x.stride(0), f"{name}_token_stride": x.stride(1)}
     if seq_lens is not None:
         _require(str(seq_lens.dtype) == "torch.int32" and seq_lens.shape == (batch,), "seq_lens must be int32 [batch]")
     return PARAMS(
         **fields,
-        dtype=dtype_code(u.dtype), batch=batch, seqlen=seqlen, dim=dim, ngroups=groups,
-        d_state=d_state, delta_softplus=delta_softplus, reverse=reverse, tactic=tactic,
+        dtype=dtype_code(u.dtype),
+        batch=batch,
+        seqlen=seqlen,
+        dim=dim,
+        ngroups=groups,
+        d_state=d_state,
+        delta_softplus=delta_softplus,
+        reverse=reverse,
+        tactic=tactic,
         A=_float32(A, (dim, d_state), "A"),
         D=_float32(D, (dim,), "D"),
         delta_bias=_float32(delta_bias, (dim,), "delta_bias"),
@@ -110,7 +122,9 @@ def selective_scan(
     return y, final_state
 
 
-def selective_scan_tactics(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None = None) -> list[int]:
+def selective_scan_tactics(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None = None
+) -> list[int]:
     """The tactics that cover these inputs, the selector's choice first."""
     params = _params(u, delta, A, B, C, None, None, None, z, None, True, False, u, None, -1)
     return tactics("selective_scan", params)

@@ -14,25 +14,36 @@ struct Args {
   void *y, *state_out;
   const int32_t* seq_lens;
   int64_t x_batch, x_token, y_batch, y_token;
-  int seqlen, channels, tokens, activation;
+  int seqlen, channels, tokens, activation, vector_weights;
 };
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 64;
 constexpr int kAhead = 4;  // tokens loaded before the first is used
 
-template <typename T, int V> __device__ __forceinline__ void load(float (&r)[V], const T* p) {
+// V channels of one token as loaded, and as numbers.
+template <typename T, int V> struct Raw {
+  std::conditional_t<V == 1, T, uint4> word;
+};
+template <typename T, int V> __device__ __forceinline__ void fetch(Raw<T, V>& r, const T* p) {
+  static_assert(V == 1 || V * sizeof(T) == 16, "one 16-byte access");
+  r.word = *reinterpret_cast<const decltype(r.word)*>(p);
+}
+template <typename T, int V> __device__ __forceinline__ void unpack(float (&f)[V], const Raw<T, V>& r) {
   if constexpr (V == 1) {
-    r[0] = to_float(*p);
+    f[0] = to_float(r.word);
   } else {
-    static_assert(V * sizeof(T) == 16, "one 16-byte access");
-    const uint4 word = *reinterpret_cast<const uint4*>(p);
-    const pair_t<T>* pairs = reinterpret_cast<const pair_t<T>*>(&word);
+    const pair_t<T>* pairs = reinterpret_cast<const pair_t<T>*>(&r.word);
 #pragma unroll
     for (int i = 0; i < V / 2; i++) {
       const float2 v = to_float2(pairs[i]);
-      r[2 * i] = v.x, r[2 * i + 1] = v.y;
+      f[2 * i] = v.x, f[2 * i + 1] = v.y;
     }
   }
+}
+template <typename T, int V> __device__ __forceinline__ void load(float (&f)[V], const T* p) {
+  Raw<T, V> r;
+  fetch<T, V>(r, p);
+  unpack<T, V>(f, r);
 }
 template <typename T, int V> __device__ __forceinline__ void store(T* p, const float (&r)[V]) {
   if constexpr (V == 1) {
@@ -43,6 +54,39 @@ template <typename T, int V> __device__ __forceinline__ void store(T* p, const f
 #pragma unroll
     for (int i = 0; i < V / 2; i++) pairs[i] = from_float2<T>(r[2 * i], r[2 * i + 1]);
     *reinterpret_cast<uint4*>(p) = word;
+  }
+}
+
+// The taps and bias of V channels; V * K weights lie together, in 16-byte words if V channels are vectors.
+template <typename W, int K, int V>
+__device__ __forceinline__ void load_weights(float (&weight)[K][V], float (&bias)[V], const Args& p, int c) {
+  const W* w = static_cast<const W*>(p.weight) + int64_t(c) * K;
+  const W* pb = static_cast<const W*>(p.bias) + c;
+  constexpr int kEach = V == 1 ? 1 : 16 / sizeof(W);
+  if constexpr (V > 1) {
+    if (p.vector_weights) {
+#pragma unroll
+      for (int i = 0; i < V * K; i += kEach) {
+        float r[kEach];
+        load<W, kEach>(r, w + i);
+#pragma unroll
+        for (int e = 0; e < kEach; e++) weight[(i + e) % K][(i + e) / K] = r[e];
+      }
+#pragma unroll
+      for (int i = 0; i < V; i += kEach) {
+        float r[kEach] = {};
+        if (p.bias) load<W, kEach>(r, pb + i);
+#pragma unroll
+        for (int e = 0; e < kEach && i + e < V; e++) bias[i + e] = r[e];
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int v = 0; v < V; v++) {
+#pragma unroll
+    for (int j = 0; j < K; j++) weight[j][v] = to_float(w[v * K + j]);
+    bias[v] = p.bias ? to_float(pb[v]) : 0.0f;
   }
 }
 
@@ -66,6 +110,13 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(const __grid_constant__ 
       for (int v = 0; v < V; v++) r[v] = state_in ? to_float(state_in[v * (K - 1) + K - 1 + t]) : 0.0f;
     }
   };
+  Raw<T, V> next[kAhead];
+  auto prefetch = [&](int t) {
+    if (t + kAhead > valid) return;
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) fetch<T, V>(next[i], x + (t + i) * p.x_token);
+  };
+  prefetch(t0);
   float window[K - 1][V], weight[K][V], bias[V];
 #pragma unroll
   for (int j = 0; j < K - 1; j++) {
@@ -83,13 +134,7 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(const __grid_constant__ 
       for (int j = 0; j < K - 1; j++) out[v * (K - 1) + j] = from_float<T>(last[j][v]);
     }
   }
-#pragma unroll
-  for (int v = 0; v < V; v++) {
-    const W* row = static_cast<const W*>(p.weight) + int64_t(c + v) * K;
-#pragma unroll
-    for (int j = 0; j < K; j++) weight[j][v] = to_float(row[j]);
-    bias[v] = p.bias ? to_float(static_cast<const W*>(p.bias)[c + v]) : 0.0f;
-  }
+  load_weights<W, K, V>(weight, bias, p, c);
 
   auto token = [&](int t, const float(&in)[V]) {
     float out[V];
@@ -108,11 +153,16 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(const __grid_constant__ 
   int t = t0;
 #pragma unroll 1
   for (; t + kAhead <= valid; t += kAhead) {
-    float in[kAhead][V];
+    Raw<T, V> now[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; i++) load<T, V>(in[i], x + (t + i) * p.x_token);
+    for (int i = 0; i < kAhead; i++) now[i] = next[i];
+    prefetch(t + kAhead);
 #pragma unroll
-    for (int i = 0; i < kAhead; i++) token(t + i, in[i]);
+    for (int i = 0; i < kAhead; i++) {
+      float in[V];
+      unpack<T, V>(in, now[i]);
+      token(t + i, in);
+    }
   }
 #pragma unroll 1
   for (; t < valid; t++) {
@@ -147,7 +197,8 @@ int select(const Params& p) {
 template <typename T, typename W, int K> int launch(const Params& p, cudaStream_t stream) {
   const int tokens = p.tactic > 0 ? p.tactic : select(p);
   const Args args{p.x, p.weight, p.bias, p.state_in, p.y, p.state_out, p.seq_lens, p.x_batch_stride, p.x_token_stride,
-                  p.y_batch_stride, p.y_token_stride, p.seqlen, p.channels, tokens, p.activation};
+                  p.y_batch_stride, p.y_token_stride, p.seqlen, p.channels, tokens, p.activation,
+                  aligned(p.weight, 16) && aligned(p.bias, 16)};
   constexpr int V = 16 / sizeof(T);
   const bool vec = vectors(p);
   const dim3 grid(ceil_div(p.channels, kThreads * (vec ? V : 1)), ceil_div(p.seqlen, tokens), p.batch);

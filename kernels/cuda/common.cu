@@ -15,17 +15,26 @@ extern "C" const char* mamba_status_string(int status) {
 
 namespace mamba {
 
-int sm_count() {
-  // One entry per device; a race writes the same value twice.
-  static int cached[64] = {};
+// An attribute of the current device, read once; a race writes the same value twice.
+static int attribute(cudaDeviceAttr which, int (&cached)[64]) {
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return 1;
   if (cached[device] == 0) {
-    int count = 0;
-    if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 1;
-    cached[device] = count;
+    int value = 0;
+    if (cudaDeviceGetAttribute(&value, which, device) != cudaSuccess) return 1;
+    cached[device] = value;
   }
   return cached[device];
+}
+
+int sm_count() {
+  static int cached[64] = {};
+  return attribute(cudaDevAttrMultiProcessorCount, cached);
+}
+
+size_t max_shared_bytes() {
+  static int cached[64] = {};
+  return size_t(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, cached));
 }
 
 }  // namespace mamba

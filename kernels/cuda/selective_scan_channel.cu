@@ -2,26 +2,39 @@
 
 namespace mamba::scan {
 
-template <typename T, bool kVec, int kFma> static int launch(const Args<T>& args, int batch, cudaStream_t stream) {
-  auto kernel = channel_kernel<T, kVec, kFma>;
+template <typename T, bool kVec, int kFma, bool kStateOnly>
+static int launch(const Args<T>& args, int batch, int pieces, cudaStream_t stream) {
+  auto kernel = channel_kernel<T, kVec, kFma, kStateOnly>;
   const size_t bytes = 2 * sizeof(ChannelShared<T>);
   if (bytes > 48 * 1024 &&
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) != cudaSuccess) {
     cudaGetLastError();
     return MAMBA_ERROR_TACTIC;
   }
-  const dim3 grid(args.ngroups * ceil_div(args.group_dim, kWidth), batch);
+  // The driver's own choice of shared memory leaves room for four blocks; five fit.
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) !=
+      cudaSuccess) {
+    cudaGetLastError();
+  }
+  const dim3 grid(args.ngroups * ceil_div(args.group_dim, kWidth), batch, pieces);
   kernel<<<grid, kWidth, bytes, stream>>>(args);
   return launch_status();
 }
 
-template <typename T> int launch_channel(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream) {
-  if (!args.vec) return launch<T, false, 0>(args, batch, stream);
-  switch (tactic.groups) {  // decays computed on the FMA pipe
-    case 1: return launch<T, true, 1>(args, batch, stream);
-    case 2: return launch<T, true, 2>(args, batch, stream);
-    default: return launch<T, true, 0>(args, batch, stream);
+template <typename T, bool kVec, int kFma>
+static int launch_pieces(const Args<T>& args, int batch, cudaStream_t stream) {
+  if (args.pieces > 1) {
+    // State at the end of every piece but the last, each from zero; the second pass chains them.
+    const int status = launch<T, kVec, 0, true>(args, batch, args.pieces - 1, stream);
+    if (status != MAMBA_OK) return status;
   }
+  return launch<T, kVec, kFma, false>(args, batch, args.pieces, stream);
+}
+
+template <typename T> int launch_channel(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream) {
+  if (!args.vec) return launch_pieces<T, false, 0>(args, batch, stream);
+  // tactic.groups: decays computed on the FMA pipe.
+  return tactic.groups == 1 ? launch_pieces<T, true, 1>(args, batch, stream) : launch_pieces<T, true, 0>(args, batch, stream);
 }
 
 template int launch_channel(const Args<float>&, const Tactic&, int, cudaStream_t);

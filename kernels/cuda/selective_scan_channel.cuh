@@ -64,7 +64,7 @@ template <typename T, int kFma>
 __device__ __forceinline__ T channel_token(float (&h)[kState], const float (&A)[kState], const float* bc, float u,
                                            float dt, float z, float D, bool has_z) {
   const float du = dt * u;
-  float y = D * u;
+  float part[4] = {D * u, 0.0f, 0.0f, 0.0f};  // four chains, so that no sum waits for the one before
 #pragma unroll
   for (int n = 0; n < kState; n += 4) {
     float B[4], C[4];
@@ -75,13 +75,21 @@ __device__ __forceinline__ T channel_token(float (&h)[kState], const float (&A)[
       const float x = dt * A[n + j];
       const float a = n + j < kFma ? ex2_fma(x) : ex2(x);
       h[n + j] = fmaf(a, h[n + j], du * B[j]);
-      y = fmaf(C[j], h[n + j], y);
+      part[j] = n == 0 && j > 0 ? C[j] * h[n + j] : fmaf(C[j], h[n + j], part[j]);
     }
   }
+  const float y = (part[0] + part[1]) + (part[2] + part[3]);
   return from_float<T>(has_z ? y * silu(z) : y);
 }
 
-template <typename T, bool kVec, int kFma>
+__device__ __forceinline__ void store_state(float* dst, const float (&h)[kState]) {
+#pragma unroll
+  for (int n = 0; n < kState; n += 4) {
+    *reinterpret_cast<float4*>(dst + n) = make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
+  }
+}
+
+template <typename T, bool kVec, int kFma, bool kStateOnly>
 __global__ void __launch_bounds__(kWidth, sizeof(T) == 4 ? 3 : 5) channel_kernel(const __grid_constant__ Args<T> p) {
   extern __shared__ __align__(16) char shared[];
   auto* tiles = reinterpret_cast<ChannelShared<T>*>(shared);  // [2]
@@ -92,16 +100,24 @@ __global__ void __launch_bounds__(kWidth, sizeof(T) == 4 ? 3 : 5) channel_kernel
   const int channels = min(kWidth, (group + 1) * p.group_dim - c0);
   const int c = c0 + threadIdx.x;
   const bool active = int(threadIdx.x) < channels;
-  const int row = row_length(p, b);
-  const int64_t dir = p.reverse ? -1 : 1, first = p.reverse ? row - 1 : 0;
-  const bool use_softplus = p.softplus, has_z = p.z;
+  const int piece = blockIdx.z, full_row = row_length(p, b), t_begin = min(piece * p.piece_len, full_row);
+  const int row = min(p.piece_len, full_row - t_begin);  // tokens of this block
+  const int64_t dir = p.reverse ? -1 : 1, first = p.reverse ? full_row - 1 - t_begin : t_begin;
+  const bool use_softplus = p.softplus, has_z = !kStateOnly && p.z;
 
   float A[kState], h[kState];
 #pragma unroll
   for (int n = 0; n < kState; n++) {
     A[n] = active ? p.A[int64_t(c) * kState + n] * kLog2e : 0.0f;
-    h[n] = active && p.h0 ? p.h0[(int64_t(b) * p.dim + c) * kState + n] : 0.0f;
+    h[n] = active && p.h0 && !kStateOnly ? p.h0[(int64_t(b) * p.dim + c) * kState + n] : 0.0f;
   }
+  for (int j = 0; !kStateOnly && active && j < piece; j++) {  // through the pieces before
+    const int64_t at = (int64_t(b) * p.pieces + j) * p.dim + c;
+    const float dt = p.piece_dt[at];
+#pragma unroll
+    for (int n = 0; n < kState; n++) h[n] = fmaf(ex2(A[n] * dt), h[n], p.piece_state[at * kState + n]);
+  }
+  float dt_total = 0.0f;
   const float bias = active && p.bias ? p.bias[c] : 0.0f, D = active && p.D ? p.D[c] : 0.0f;
 
   // The first 4 * kTile / 2 threads stage one run of eight states each: tile token, B or C, half.
@@ -133,13 +149,18 @@ __global__ void __launch_bounds__(kWidth, sizeof(T) == 4 ? 3 : 5) channel_kernel
     if (run < 4 * kTile) stage_states(&tile.bc[run_token][run % 4 * 8], raw);
     cp_async_wait<0>();
     __syncthreads();  // this tile is here, and everyone is done with the tile before
-    if (t0 > 0) y.unstage(tiles[buffer ^ 1].y, kTile, channels);
+    if (!kStateOnly && t0 > 0) y.unstage(tiles[buffer ^ 1].y, kTile, channels);
     if (t0 + kTile < row) stage(tiles[buffer ^ 1], t0 + kTile);
     load_bc(t0 + kTile);
     auto token = [&](int i) {
       const float dt = time_step<T>(to_float(tile.delta[i][threadIdx.x]) + bias, use_softplus);
-      tile.y[i][threadIdx.x] = channel_token<T, kFma>(h, A, tile.bc[i], to_float(tile.u[i][threadIdx.x]), dt,
-                                                      to_float(tile.z[i][threadIdx.x]), D, has_z);
+      const T out = channel_token<T, kFma>(h, A, tile.bc[i], to_float(tile.u[i][threadIdx.x]), dt,
+                                           to_float(tile.z[i][threadIdx.x]), D, has_z);
+      if (kStateOnly) {
+        dt_total += dt;
+      } else {
+        tile.y[i][threadIdx.x] = out;
+      }
     };
     const int tokens = min(kTile, row - t0);
     int i = 0;
@@ -151,16 +172,17 @@ __global__ void __launch_bounds__(kWidth, sizeof(T) == 4 ? 3 : 5) channel_kernel
 #pragma unroll 1
     for (; i < tokens; i++) token(i);
   }
-  __syncthreads();
-  if (row > 0) y.unstage(tiles[buffer ^ 1].y, (row - 1) % kTile + 1, channels);
-  if (active && p.hT) {
-#pragma unroll
-    for (int n = 0; n < kState; n += 4) {
-      *reinterpret_cast<float4*>(p.hT + (int64_t(b) * p.dim + c) * kState + n) =
-          make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
-    }
+  if constexpr (kStateOnly) {
+    const int64_t at = (int64_t(b) * p.pieces + piece) * p.dim + c;
+    if (active) p.piece_dt[at] = dt_total;
+    if (active) store_state(p.piece_state + at * kState, h);
+  } else {
+    __syncthreads();
+    if (row > 0) y.unstage(tiles[buffer ^ 1].y, (row - 1) % kTile + 1, channels);
+    if (piece != p.pieces - 1) return;
+    if (active && p.hT) store_state(p.hT + (int64_t(b) * p.dim + c) * kState, h);
+    zero_padding(p, b, full_row, c0, c0 + channels);
   }
-  zero_padding(p, b, row, c0, c0 + channels);
 }
 
 }  // namespace mamba::scan

@@ -1,42 +1,64 @@
-// The selector: a cost model in multiprocessor cycles, fitted to measurements (kernels/NOTES-selective-scan.md).
+// The selector: microseconds of each tactic from figures measured on an H200 (kernels/NOTES-selective-scan.md), scaled
+// to the multiprocessors of this device. Only the order matters.
 
-// Cycles of the whole scan under a tactic; only differences matter.
-double cost(const Params& p, const Tactic& t) {
-  const double sms = sm_count(), L = p.seqlen;
+// Nanoseconds per token of a block that has a multiprocessor to itself, by groups (chain) or pairs (segment).
+double block_token_ns(const Tactic& t) {
+  static const double chain4[] = {13, 16, 20, 27, 32, 37}, chain8[] = {20, 31, 34, 46, 52, 64};
+  switch (t.kernel) {
+    case Tactic::kChain4: return chain4[std::min(t.groups, 6) - 1] * (t.warps < 12 ? 1.15 : 1.0);
+    case Tactic::kChain8: return chain8[std::min(t.groups, 6) - 1] * (t.warps < 12 ? 1.15 : 1.0);
+    case Tactic::kSegment16: return t.groups * t.warps > 8 ? 26.0 * t.groups / (6.0 * (t.warps == 2 ? 1 : 0.62)) : 36;
+    default: return 40;
+  }
+}
+
+double cost_us(const Params& p, const Tactic& t) {
+  const double sms = sm_count();
   const int group_dim = p.dim / p.ngroups;
   if (t.kernel == Tactic::kChannel) {
-    const double warps = double(p.batch) * p.ngroups * ceil_div(group_dim, 128) * 4;
-    const double per_quarter = std::ceil(warps / (4 * sms));
-    return 3000 + L * 165 * std::max(per_quarter, 2.5);
+    // One or two blocks of 128 channels on a multiprocessor wait for latency, more for the special-function unit.
+    const double blocks = double(p.batch) * p.ngroups * ceil_div(group_dim, 128) * t.pieces;
+    const double n = std::ceil(blocks / sms), token_ns = n <= 1 ? 190 : n <= 2 ? 215 : 105.5 * n;
+    const double len = double(p.seqlen) / t.pieces;
+    return t.pieces == 1 ? 4 + 1e-3 * len * token_ns : 9 + 1.65e-3 * len * token_ns + 0.08 * t.pieces;
   }
-  const int g = t.kernel == Tactic::kChain4 ? 4 : 8;
-  const double blocks = double(p.batch) * t.pieces * p.ngroups * ceil_div(group_dim, t.groups * g);
-  const double per_channel = g == 4 ? 54 + 10.0 / t.groups : 48 + 5.0 / t.groups;
-  const double hop = 200.0 * g / 64;  // cycles per token that the chain itself needs
-  const double token = std::max(t.groups * g * per_channel / 32 , hop);
-  const double passes = t.pieces > 1 ? 1.8 : 1.0;
-  return 4000 * (t.pieces > 1 ? 2 : 1) + passes * std::ceil(blocks / sms) * std::ceil(L / t.pieces) * token;
+  const int width = t.kernel == Tactic::kChain4 ? 4 * t.groups : t.kernel == Tactic::kChain8 ? 8 * t.groups : 2 * t.groups;
+  const double blocks = double(p.batch) * t.pieces * p.ngroups * ceil_div(group_dim, width);
+  const double rounds = std::ceil(blocks / sms), passes = t.pieces > 1 ? 1.8 : 1.0;
+  return 6 * (t.pieces > 1 ? 1.8 : 1.0) + 1e-3 * passes * rounds * (double(p.seqlen) / t.pieces) * block_token_ns(t);
 }
 
 std::vector<Tactic> candidates(const Params& p) {
   std::vector<Tactic> all;
-  if (p.d_state == kState) all.push_back({Tactic::kChannel, 0, 4, 1});
-  if (covers_chain(p)) {
-    const int group_dim = p.dim / p.ngroups;
+  auto add = [&](const Tactic& t) {
+    if (covers(p, t)) all.push_back(t);
+  };
+  add({Tactic::kChannel, 0, 4, 1});
+  const int group_dim = p.dim / p.ngroups;
+  const int columns = p.batch * p.ngroups * ceil_div(group_dim, 128);
+  for (int n = 2; n <= 5; n++) {
+    const int pieces = std::min(512, n * sm_count() / columns);
+    if (pieces > 1 && p.seqlen / pieces >= 32) add({Tactic::kChannel, 0, 4, pieces});
+  }
+  for (int pieces : {1, 2, 4, 8, 16}) {
+    if (pieces > 1 && p.seqlen / pieces < 256) break;
     for (int kernel : {Tactic::kChain4, Tactic::kChain8}) {
-      const int g = kernel == Tactic::kChain4 ? 4 : 8, most = kernel == Tactic::kChain4 ? 8 : 10;
-      for (int k = 1; k <= std::min(most, ceil_div(group_dim, g)); k++) {
+      const int g = kernel == Tactic::kChain4 ? 4 : 8;
+      for (int k = 1; k <= std::min(6, ceil_div(group_dim, g)); k++) {
         const int warps = std::max(2, std::min(12, ceil_div(p.seqlen, 64 / g)));
-        for (int pieces : {1, 2, 3, 4, 6, 8, 16, 32}) {
-          if (pieces > 1 && p.seqlen / pieces < 256) break;
-          all.push_back({kernel, k, warps, pieces});
+        for (int w : {warps, warps / 2}) {
+          if (w >= 2) add({kernel, k, w, pieces});
         }
       }
     }
+    for (int pairs : {2, 4, 6}) add({Tactic::kSegment16, pairs, 2, pieces});
+    for (int pairs : {8, 12}) add({Tactic::kSegment16, pairs, 1, pieces});
   }
-  if (all.empty()) all.push_back({Tactic::kGeneric, 0, 8, 1});
-  std::stable_sort(all.begin(), all.end(), [&](const Tactic& x, const Tactic& y) { return cost(p, x) < cost(p, y); });
-  if (p.d_state == kState) all.push_back({Tactic::kGeneric, 0, 8, 1});
+  std::stable_sort(all.begin(), all.end(), [&](const Tactic& x, const Tactic& y) { return cost_us(p, x) < cost_us(p, y); });
+  add({Tactic::kSegment8, 6, 2, 1});
+  add({Tactic::kSegment4, 4, 2, 1});
+  add({Tactic::kChannel, 1, 4, 1});
+  add({Tactic::kGeneric, 0, 8, 1});
   return all;
 }
 

@@ -1,0 +1,80 @@
+"""selective_scan against mamba-ssm's forward: bfloat16, d_state 16, with z, D, delta bias and softplus."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..selective_scan import selective_scan
+from .harness import Context, Row, relative_error, sets_for, time_ms
+
+SHAPES = [
+    *((1, 1536, 128), (1, 1536, 512), (1, 1536, 2048), (1, 1536, 2056), (1, 5120, 1000), (1, 5120, 2048)),
+    *((1, 5120, 2056), (1, 5120, 3000), (8, 5120, 2048), (16, 5120, 4096), (1, 1536, 1048576)),
+]
+FLOOR = 209e9  # (channel, token)s per second of the special-function unit at 20 exponential-like operations each
+
+
+def make(batch: int, dim: int, seqlen: int, seed: int) -> dict[str, Any]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def randn(*size: int) -> Any:
+        return torch.randn(*size, device="cuda", generator=generator, dtype=torch.bfloat16)
+
+    return {
+        "u": randn(batch, seqlen, dim),
+        "delta": 0.5 * randn(batch, seqlen, dim) - 3,
+        "A": -torch.rand(dim, 16, device="cuda", generator=generator) * 16,
+        "B": randn(batch, seqlen, 1, 16),
+        "C": randn(batch, seqlen, 1, 16),
+        "D": randn(dim).float(),
+        "delta_bias": 0.3 * randn(dim).float(),
+        "z": randn(batch, seqlen, dim),
+    }
+
+
+def peer_arguments(s: dict[str, Any]) -> tuple[Any, ...]:
+    """The same inputs in the peer's native layout, channels first."""
+    u, delta, z = (s[k].transpose(1, 2).contiguous() for k in ("u", "delta", "z"))
+    B, C = (s[k].permute(0, 2, 3, 1).contiguous() for k in ("B", "C"))
+    return u, delta, s["A"], B, C, s["D"], z, s["delta_bias"], True
+
+
+def reference(s: dict[str, Any], tokens: int) -> Any:
+    """y of the first tokens in float64."""
+    u, delta, B, C, z = (s[k][:, :tokens].double() for k in ("u", "delta", "B", "C", "z"))
+    dt, A, y = F.softplus(delta + s["delta_bias"].double()), s["A"].double(), torch.empty_like(u)
+    h = torch.zeros(u.shape[0], u.shape[2], 16, dtype=torch.float64, device="cuda")
+    for t in range(u.shape[1]):
+        h = torch.exp(dt[:, t, :, None] * A) * h + (dt * u)[:, t, :, None] * B[:, t]
+        y[:, t] = (h * C[:, t]).sum(-1)
+    return (y + s["D"].double() * u) * F.silu(z)
+
+
+def bench(ctx: Context) -> list[Row]:
+    peer, rows = ctx.peer("selective_scan"), []
+    for batch, dim, seqlen in SHAPES:
+        work = batch * dim * seqlen
+        if ctx.quick and work > 2e7:
+            continue
+        sets = [make(batch, dim, seqlen, seed) for seed in range(1 if work > 5e7 else sets_for(8 * work))]
+        outs = [
+            {"out": torch.empty_like(s["u"]), "final_state": torch.empty(batch, dim, 16, device="cuda")} for s in sets
+        ]
+        ours = time_ms([partial(selective_scan, **s, **o) for s, o in zip(sets, outs, strict=True)])
+        y = selective_scan(**sets[0])[0][:, :512]
+        arguments = [peer_arguments(s) for s in sets]
+        theirs = time_ms([partial(peer.fwd, *a) for a in arguments])
+        out_z = peer.fwd(*arguments[0])[-1].transpose(1, 2)[:, :512]
+        row = Row("selective_scan", f"{batch}, {dim}, {seqlen}", ours, theirs, work, "G (d,t)/s", 8 * work)
+        row.floor_ms = work / FLOOR * 1e3
+        if work < 2e7:
+            exact = reference(sets[0], 512)
+            row.ours_error, row.peer_error = relative_error(y, exact), relative_error(out_z, exact)
+        rows.append(row)
+        del sets, outs, arguments, y, out_z
+        torch.cuda.empty_cache()
+    return rows
