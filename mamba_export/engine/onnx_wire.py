@@ -1,0 +1,50 @@
+"""Edits of a serialized ONNX model that need no onnx package, so that they work on a bare device."""
+
+from __future__ import annotations
+
+from mamba_export.errors import BundleError
+
+_FUNCTIONS = 25  # field number of ModelProto.functions
+_VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5  # protobuf wire types
+
+
+def without_functions(model: bytes) -> bytes:
+    """The model without its model-local functions; all else byte for byte.
+
+    Raises:
+        BundleError: ``model`` is not a serialized protobuf message.
+    """
+    kept, at = [], 0
+    try:
+        while at < len(model):
+            start = at
+            tag, at = _varint(model, at)
+            at = _skip(model, at, tag & 7)
+            if at > len(model):
+                raise ValueError("truncated")
+            if tag >> 3 != _FUNCTIONS:
+                kept.append(model[start:at])
+    except (ValueError, IndexError) as error:
+        raise BundleError(f"the graph is not an ONNX model: {error}", "export the bundle again") from error
+    return b"".join(kept)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _skip(data: bytes, at: int, wire_type: int) -> int:
+    if wire_type == _VARINT:
+        return _varint(data, at)[1]
+    if wire_type == _LEN:
+        length, at = _varint(data, at)
+        return at + length
+    if wire_type in (_I64, _I32):
+        return at + (8 if wire_type == _I64 else 4)
+    raise ValueError(f"wire type {wire_type}")

@@ -1,0 +1,150 @@
+#include "op.h"
+
+#include <cctype>
+#include <cmath>
+#include <cstring>
+
+namespace mamba_plugin {
+namespace {
+
+constexpr InputSpec kSeqLens = {"seq_lens", "B", Kind::kInt32};
+
+std::string number(double value) {
+  const std::string text = std::to_string(value);
+  const size_t last = text.find_last_not_of('0');
+  return text.substr(0, last + (text[last] == '.' ? 0 : 1));
+}
+
+std::string describe(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); i++) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// What a letter of a shape pattern asks for; -1: anything, and the letter takes the size found.
+int64_t wanted(char letter, const Sizes& sizes) {
+  if (letter == '1') return 1;
+  if (!std::islower(static_cast<unsigned char>(letter))) return sizes[letter];
+  const int64_t whole = sizes[static_cast<char>(std::toupper(letter))];
+  return whole < 0 ? -1 : whole - 1;
+}
+
+std::string expected(const std::string& pattern, const Sizes& sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < pattern.size(); i++) {
+    const int64_t size = wanted(pattern[i], sizes);
+    text += (i ? ", " : "") + (size < 0 ? std::string("any") : std::to_string(size));
+  }
+  return text + "]";
+}
+
+std::string pick_pattern(const char* patterns, size_t rank) {
+  const std::string all = patterns;
+  size_t from = 0;
+  for (;;) {
+    const size_t bar = all.find('|', from);
+    const std::string one = all.substr(from, bar == std::string::npos ? bar : bar - from);
+    if (one.size() == rank) return one;
+    if (bar == std::string::npos) return "";
+    from = bar + 1;
+  }
+}
+
+std::string match_shape(const InputSpec& spec, const std::vector<int64_t>& shape, Sizes* sizes) {
+  const std::string pattern = pick_pattern(spec.shape, shape.size());
+  if (pattern.empty()) {
+    return std::string("input ") + spec.name + " has " + std::to_string(shape.size()) + " dimensions: " +
+           describe(shape) + ", expected " + spec.shape;
+  }
+  for (size_t i = 0; i < shape.size(); i++) {
+    const int64_t size = wanted(pattern[i], *sizes);
+    if (shape[i] < 0) continue;
+    if (size >= 0 && size != shape[i]) {
+      return std::string("input ") + spec.name + " has shape " + describe(shape) + ", expected " +
+             expected(pattern, *sizes);
+    }
+    if (size < 0 && std::isupper(static_cast<unsigned char>(pattern[i]))) sizes->set(pattern[i], shape[i]);
+  }
+  return "";
+}
+
+}  // namespace
+
+Sizes::Sizes() {
+  for (int64_t& size : size_) size = -1;
+}
+
+Attributes::Attributes(const OpSpec& op) : op_(&op) {
+  for (const AttributeSpec& spec : op.attributes) values_.push_back(spec.fallback);
+}
+
+double Attributes::get(const std::string& name) const {
+  for (size_t i = 0; i < values_.size(); i++)
+    if (name == op_->attributes[i].name) return values_[i];
+  return 0.0;
+}
+
+std::string Attributes::set(size_t index, double value) {
+  const AttributeSpec& spec = op_->attributes[index];
+  if (!(value >= spec.low && value <= spec.high)) {  // also refuses a NaN
+    return std::string("attribute ") + spec.name + " = " + number(value) + " is not in " + number(spec.low) + ".." +
+           number(spec.high);
+  }
+  values_[index] = value;
+  return "";
+}
+
+std::vector<InputSpec> inputs_of(const Attributes& attributes) {
+  std::vector<InputSpec> inputs = attributes.op().inputs;
+  if (attributes.flag("has_z")) inputs.push_back({"z", attributes.op().gate_shape, Kind::kActivation});
+  if (attributes.flag("ragged")) inputs.push_back(kSeqLens);
+  return inputs;
+}
+
+bool type_allowed(const Attributes& attributes, size_t index, Type type, Type activation) {
+  const std::vector<InputSpec> inputs = inputs_of(attributes);
+  if (index >= inputs.size()) return false;
+  const bool floating = type == Type::kFloat32 || type == Type::kFloat16 || type == Type::kBFloat16;
+  switch (inputs[index].kind) {
+    case Kind::kActivation: return floating && (index == 0 || type == activation);
+    case Kind::kFloat32: return type == Type::kFloat32;
+    case Kind::kState: return type == Type::kFloat32 || (floating && attributes.op().narrow_state);
+    case Kind::kInt32: return type == Type::kInt32;
+  }
+  return false;
+}
+
+std::string match(const Attributes& attributes, const std::vector<Tensor>& inputs, Sizes* sizes) {
+  const std::vector<InputSpec> specs = inputs_of(attributes);
+  if (inputs.size() != specs.size()) {
+    return "the node has " + std::to_string(inputs.size()) + " inputs, its attributes (has_z, ragged) ask for " +
+           std::to_string(specs.size());
+  }
+  for (size_t i = 0; i < specs.size(); i++) {
+    if (!type_allowed(attributes, i, inputs[i].type, inputs[0].type))
+      return std::string("input ") + specs[i].name + " has type " + type_name(inputs[i].type) + ", which is not supported here";
+    const std::string wrong = match_shape(specs[i], inputs[i].shape, sizes);
+    if (!wrong.empty()) return wrong;
+  }
+  return "";
+}
+
+int dtype_code(Type type) {
+  switch (type) {
+    case Type::kFloat16: return MAMBA_F16;
+    case Type::kBFloat16: return MAMBA_BF16;
+    default: return MAMBA_F32;
+  }
+}
+
+const char* type_name(Type type) {
+  switch (type) {
+    case Type::kFloat32: return "float32";
+    case Type::kFloat16: return "float16";
+    case Type::kBFloat16: return "bfloat16";
+    case Type::kInt32: return "int32";
+    default: return "other";
+  }
+}
+
+}  // namespace mamba_plugin
