@@ -7,6 +7,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("verify", "Compare a bundle with its checkpoint, output by output."),
     "generate": ("generate", "Write text with a bundle."),
     "perplexity": ("perplexity", "Measure perplexity of a bundle on a token file."),
+    "build": ("build", "Build TensorRT engines of a bundle."),
+    "plugin": ("plugin", "Build the TensorRT plugin library."),
     "doctor": ("doctor", "Show versions, devices and what is missing."),
     "completion": ("completion", "Print a shell completion script."),
 }

@@ -18,6 +18,9 @@ from mamba_export.extras import require
 RuntimeName = Literal["tensorrt", "tensorrt-rtx"]
 RUNTIMES: tuple[RuntimeName, ...] = ("tensorrt", "tensorrt-rtx")
 
+# A registry takes each creator once a process.
+_loaded: set[tuple[str, Path]] = set()
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -57,6 +60,8 @@ class Backend:
         Raises:
             EnvironmentProblem: the library does not load, or TensorRT refused it.
         """
+        if (self.name, library.resolve()) in _loaded:
+            return
         if self.name == "tensorrt-rtx":
             _give_rtx_its_short_name()
         try:
@@ -68,6 +73,7 @@ class Backend:
             raise EnvironmentProblem(
                 f"{self.name} {self.version} refused {library}", "build it against this version: mamba-export plugin build"
             )
+        _loaded.add((self.name, library.resolve()))
 
 
 def load_backend(name: str) -> Backend:
