@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from mamba_export.kernels.library import KernelError, dtype_code, launch, params_struct, pointer
+from .library import KernelError, dtype_code, launch, params_struct, pointer
 
 if TYPE_CHECKING:
     from torch import Tensor

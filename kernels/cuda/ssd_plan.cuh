@@ -21,7 +21,7 @@ bool plan_n64(int dtype, int headdim, int layout, Plan* plan);
 bool plan_n128(int dtype, int headdim, int layout, Plan* plan);
 bool plan_n256(int dtype, int headdim, int layout, Plan* plan);
 // Only in builds for Hopper (MAMBA_SM90A).
-bool plan_hopper(int dtype, int headdim, int d_state, Plan* plan);
+bool plan_hopper(int dtype, int headdim, int d_state, int layout, Plan* plan);  // layout 0 or 1
 
 }  // namespace ssd
 }  // namespace mamba

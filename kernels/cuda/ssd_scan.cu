@@ -12,8 +12,8 @@ namespace mamba {
 namespace ssd {
 namespace {
 
-constexpr int kLayouts = 4;  // tried for every size; most have fewer
-constexpr int kHopperLayout = 0;
+constexpr int kLayouts = 6;        // tried for every size; most have fewer
+constexpr int kHopperLayouts = 2;  // the first ones
 constexpr int kMaxGrid = 65535;
 
 struct Device {
@@ -69,18 +69,18 @@ bool wide_access(const mamba_ssd_scan_params& p) {
 }
 
 bool find_plan(const mamba_ssd_scan_params& p, int layout, Plan* plan) {
-  if (layout == kHopperLayout) {
+  if (layout < kHopperLayouts) {
 #ifdef MAMBA_SM90A
-    return device().capability == 90 && plan_hopper(p.dtype, p.headdim, p.d_state, plan);
+    return device().capability == 90 && plan_hopper(p.dtype, p.headdim, p.d_state, layout, plan);
 #else
     return false;
 #endif
   }
   switch (p.d_state) {
-    case 16: return plan_n16(p.dtype, p.headdim, layout, plan);
-    case 64: return plan_n64(p.dtype, p.headdim, layout, plan);
-    case 128: return plan_n128(p.dtype, p.headdim, layout, plan);
-    case 256: return plan_n256(p.dtype, p.headdim, layout, plan);
+    case 16: return plan_n16(p.dtype, p.headdim, layout - kHopperLayouts, plan);
+    case 64: return plan_n64(p.dtype, p.headdim, layout - kHopperLayouts, plan);
+    case 128: return plan_n128(p.dtype, p.headdim, layout - kHopperLayouts, plan);
+    case 256: return plan_n256(p.dtype, p.headdim, layout - kHopperLayouts, plan);
     default: return false;
   }
 }
@@ -114,8 +114,12 @@ double cost(const mamba_ssd_scan_params& p, const Choice& c) {
   const double slots = c.slots(), rows = static_cast<double>(c.rows(p));
   if (c.splits == 0) return (rows * chunks / slots + 3.0) * c.chunk;
   const int piece = ceil_div(chunks, c.splits);
-  double total = ceil(rows * c.splits / slots) * (piece + 1.0);
-  if (c.splits > 1) total += ceil(rows * (c.splits - 1) / slots) * (0.45 * piece + 1.0) + 1.0 + 0.1 * c.splits;
+  const double waves = ceil(rows * c.splits / slots);
+  double total = waves * (piece + 3.0) - 2.0;
+  if (c.splits > 1) {
+    const double state_waves = ceil(rows * (c.splits - 1) / slots);
+    total += state_waves * (0.45 * piece + 2.0) + 1.5 + 0.1 * c.splits;
+  }
   return total * c.chunk;
 }
 
@@ -149,6 +153,7 @@ int choose(const mamba_ssd_scan_params& p, Choice* out) {
     double at;
     choose_splits(p, &candidate, &at);
     if (at < least) least = at, *out = candidate, any = true;
+    if (layout < kHopperLayouts) break;  // measured ahead of every other layout
   }
   if (any) return MAMBA_OK;
   if (!find_generic(p, out)) return MAMBA_ERROR_SHAPE;

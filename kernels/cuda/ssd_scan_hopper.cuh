@@ -1,6 +1,6 @@
 // The SSD scan for Hopper (sm_90a): the arithmetic of ssd_scan_kernel.cuh on warpgroup matrix instructions.
 //
-// A block has one warpgroup for each of three heads and one that loads tiles and turns dt into decays, three chunks
+// A block has one warpgroup for each of two or three heads and one that loads tiles and turns dt into decays, three chunks
 // ahead at most. A consumer keeps its head's state as accumulators [headdim][d_state] and a 16-bit copy of it in
 // shared memory for y = C h; C and B come straight from the loaded tiles, x weighted through registers. The
 // warpgroups meet only through the barriers of the loads, so one's arithmetic overlaps another's matrix products.
@@ -12,17 +12,20 @@
 namespace mamba {
 namespace ssd {
 
-template <typename T_, int kState_>
-struct HopperLayout : Layout<T_, 64, kState_, 16, 3, 64> {
-  using Base = Layout<T_, 64, kState_, 16, 3, 64>;
+template <typename T_, int kState_, int kHeads_>
+struct HopperLayout : Layout<T_, 64, kState_, 16, kHeads_, 64> {
+  using Base = Layout<T_, 64, kState_, 16, kHeads_, 64>;
   static constexpr int kConsumers = Base::kThreads, kProducers = 128, kThreads = kConsumers + kProducers;
   static constexpr int kStages = 3;
-  static constexpr int kConsumerRegisters = 160, kProducerRegisters = 32;  // 65,536 in all
+  // At most 65,536 in all.
+  static constexpr int kConsumerRegisters = kHeads_ == 2 ? 216 : 160, kProducerRegisters = kHeads_ == 2 ? 72 : 32;
+  // With registers to spare, C h is started before the scores are decayed.
+  static constexpr bool kEarly = kHeads_ == 2;
   static constexpr int kTile = 64 * 64 * 2;                       // 64 tokens (or headdim) x 64
   static constexpr int kStateTiles = kState_ / 64;
-  static constexpr int kStage = (2 * kStateTiles + 3) * kTile;    // C, B, x of three heads
+  static constexpr int kStage = (2 * kStateTiles + kHeads_) * kTile;  // C, B, x of every head
   static constexpr int kCopies = kStages * kStage;                // 16-bit copies of the states follow the stages
-  static constexpr int kDecayAt = kCopies + 3 * kStateTiles * kTile;
+  static constexpr int kDecayAt = kCopies + kHeads_ * kStateTiles * kTile;
   static constexpr int kConstantAt = kDecayAt + kStages * Base::kDecays;
   static constexpr int kBarrierAt = kConstantAt + 64;
   static constexpr int kShared = kBarrierAt + 2 * kStages * 8;
@@ -128,6 +131,7 @@ struct HopperConsumer {
   static constexpr int kSteps = L::kState / 16;  // of depth, over d_state
   int head;                                      // within the block
   int warp;                                      // within the warpgroup
+  float D;                                       // of the head, 0 if there is none or one a channel
   WarpState<L> h;
 
   __device__ __forceinline__ void barrier() const {
@@ -238,7 +242,7 @@ struct HopperConsumer {
       asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                    : "r"(to + Rows::offset(row + 4 * i, piece)));
-      if (warp * 16 + row + 4 * i < rows) *reinterpret_cast<uint4*>(at) = v;
+      if (warp * 16 + row + 4 * i < rows) store_global_16(at, v);
       at += 4 * p.y_token;
     }
   }
@@ -284,17 +288,21 @@ struct HopperConsumer {
     const uint32_t x_tile = shared.x(s, head), copy = shared.state(head);
     const int global_head = at.head0 + head, rows = at.limit() - token0;
     uint32_t scores[4][4], low[4] = {};
+    float y[8][4];
     {
       float products[8][4];
       times_C(products, shared.C(s), shared.B(s));
-      wgmma_wait<0>();
+      if constexpr (L::kEarly) {
+        times_C(y, shared.C(s), copy);
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
       pin(products);
-      const float D = p.D && !p.d_per_channel ? p.D[global_head] : 0.f;
       decay_scores(products, decays.sum(head), decays.source(head), D, scores, low);
     }
 
-    float y[8][4];
-    times_C(y, shared.C(s), copy);
+    if constexpr (!L::kEarly) times_C(y, shared.C(s), copy);
     uint32_t weighted[4][4];
     weigh_input(x_tile, decays.to_end(head), weighted);
     h.scale(decays.from_start(head)[L::kChunk - 1]);
@@ -363,20 +371,25 @@ __device__ __forceinline__ void for_each_item(const ScanArgs& p, Visit visit) {
   }
 }
 
-__device__ __forceinline__ void consumers_barrier() { asm volatile("bar.sync 5, 384;" ::: "memory"); }
+template <typename L>
+__device__ __forceinline__ void consumers_barrier() {
+  asm volatile("bar.sync 5, %0;" ::"n"(L::kConsumers) : "memory");
+}
 
 template <typename L, HopperMode kMode>
 __device__ __forceinline__ void hopper_consume(const ScanArgs& p, const HopperShared<L>& shared) {
   constexpr int kSize = 64 * L::kState;
   const int thread = threadIdx.x - L::kProducers;
   HopperConsumer<L> me;
-  me.head = thread / 128, me.warp = thread / 32 % 4;
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // tells the compiler that it is uniform
+  me.head = warp / 4, me.warp = warp % 4;
   Ring<L::kStages> ring;
   for_each_item<L, kMode>(p, [&](const Item& at, int first, int last, int row_chunks) {
     const bool active = me.head < at.heads;
     const int64_t head = static_cast<int64_t>(at.batch) * p.nheads + at.head0 + me.head;
+    me.D = active && p.D && !p.d_per_channel ? p.D[at.head0 + me.head] : 0.f;
     // hand_over counts warps from the block's first.
-    const auto scratch = [&](int block) { return p.handoff + (static_cast<int64_t>(block) * 3 - 1) * kSize; };
+    const auto scratch = [&](int block) { return p.handoff + (static_cast<int64_t>(block) * L::kHeads - 1) * kSize; };
     if (kMode == kStream && first > 0) {
       if (thread == 0) {
         volatile unsigned long long* flag = p.handed + blockIdx.x - 1;
@@ -385,7 +398,7 @@ __device__ __forceinline__ void hopper_consume(const ScanArgs& p, const HopperSh
         *flag = 0;  // ready for the next launch with this ticket, a graph's replay
         __threadfence();
       }
-      consumers_barrier();
+      consumers_barrier<L>();
       me.h.take_over(scratch(blockIdx.x - 1));
     } else if (kMode == kPieces && p.splits > 1 && active) {
       me.h.template move<true>(static_cast<const float*>(p.split_state) + (head * p.splits + blockIdx.y) * kSize, me.warp * 16);
@@ -418,7 +431,7 @@ __device__ __forceinline__ void hopper_consume(const ScanArgs& p, const HopperSh
     if (kMode == kStream && last < row_chunks) {
       me.h.hand_over(scratch(blockIdx.x));
       __threadfence();
-      consumers_barrier();
+      consumers_barrier<L>();
       if (thread == 0) *static_cast<volatile unsigned long long*>(p.handed + blockIdx.x) = p.ticket;
     } else if (active && p.final_state && last == row_chunks) {
       me.h.template move<false>(p.final_state + head * kSize, me.warp * 16);

@@ -153,7 +153,7 @@ struct ChunkWarp {
       asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                    : "r"(from + i * kPass * Input::kRowBytes));
-      if (row0 + i * kPass < rows) *reinterpret_cast<uint4*>(to) = v;
+      if (row0 + i * kPass < rows) store_global_16(to, v);
       to += kPass * y_token;
     }
   }

@@ -5,10 +5,10 @@ namespace ssd {
 
 bool plan_n256(int dtype, int headdim, int layout, Plan* plan) {
   switch (headdim * 16 + layout) {
-    case 32 * 16 + 1: return plan_for<32, 256, 16, 4, 32>(dtype, plan);
-    case 64 * 16 + 1: return plan_for<64, 256, 16, 2, 32>(dtype, plan);
-    case 80 * 16 + 1: return plan_for<80, 256, 16, 1, 32>(dtype, plan);
-    case 128 * 16 + 1: return plan_for<128, 256, 16, 1, 32>(dtype, plan);
+    case 32 * 16 + 0: return plan_for<32, 256, 16, 4, 32>(dtype, plan);
+    case 64 * 16 + 0: return plan_for<64, 256, 16, 2, 32>(dtype, plan);
+    case 80 * 16 + 0: return plan_for<80, 256, 16, 1, 32>(dtype, plan);
+    case 128 * 16 + 0: return plan_for<128, 256, 16, 1, 32>(dtype, plan);
     default: return false;
   }
 }
