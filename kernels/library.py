@@ -62,7 +62,7 @@ _CTYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "f32": ctypes.c_float}
 
 
 def params_struct(name: str, fields: str) -> type[ctypes.Structure]:
-    """A struct from ``"i32 dtype batch; ptr u y; i64 u_token_stride; size workspace_size"``, in the C header's order."""
+    """A struct from ``"i32 dtype batch; ptr u y; size workspace_size"``, in the order of the C header."""
     kinds = {**_CTYPES, "ptr": ctypes.c_void_p, "size": ctypes.c_size_t}
     members: list[tuple[str, Any]] = []
     for group in fields.split(";"):

@@ -14,7 +14,7 @@ struct Args {
   void *y, *state_out;
   const int32_t* seq_lens;
   int64_t x_batch, x_token, y_batch, y_token;
-  int seqlen, channels, tokens, activation, vector_weights;
+  int seqlen, channels, tokens, activation, vector_weights, vector_state;
 };
 
 constexpr int kThreads = 64;
@@ -55,6 +55,42 @@ template <typename T, int V> __device__ __forceinline__ void store(T* p, const f
     for (int i = 0; i < V / 2; i++) pairs[i] = from_float2<T>(r[2 * i], r[2 * i + 1]);
     *reinterpret_cast<uint4*>(p) = word;
   }
+}
+
+// The states of V channels lie together, K - 1 values each, oldest first.
+template <typename T, int K, int V>
+__device__ __forceinline__ void load_state(float (&s)[K - 1][V], const T* p, bool vec) {
+  if constexpr (V > 1) {
+    if (vec) {
+#pragma unroll
+      for (int i = 0; i < K - 1; i++) {
+        float r[V];
+        load<T, V>(r, p + i * V);
+#pragma unroll
+        for (int e = 0; e < V; e++) s[(i * V + e) % (K - 1)][(i * V + e) / (K - 1)] = r[e];
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < V * (K - 1); i++) s[i % (K - 1)][i / (K - 1)] = to_float(p[i]);
+}
+template <typename T, int K, int V>
+__device__ __forceinline__ void store_state(T* p, const float (&s)[K - 1][V], bool vec) {
+  if constexpr (V > 1) {
+    if (vec) {
+#pragma unroll
+      for (int i = 0; i < K - 1; i++) {
+        float r[V];
+#pragma unroll
+        for (int e = 0; e < V; e++) r[e] = s[(i * V + e) % (K - 1)][(i * V + e) / (K - 1)];
+        store<T, V>(p + i * V, r);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < V * (K - 1); i++) p[i] = from_float<T>(s[i % (K - 1)][i / (K - 1)]);
 }
 
 // The taps and bias of V channels; V * K weights lie together, in 16-byte words if V channels are vectors.
@@ -101,6 +137,11 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(const __grid_constant__ 
   T* y = static_cast<T*>(p.y) + b * p.y_batch + c;
   const T* state_in = p.state_in ? static_cast<const T*>(p.state_in) + (int64_t(b) * p.channels + c) * (K - 1) : nullptr;
 
+  // The state of V channels is K - 1 words of 16 bytes; a thread that starts the row needs all of it.
+  float before[K - 1][V] = {};
+  const bool starts = t0 == 0 && state_in;
+  if (starts) load_state<T, K, V>(before, state_in, p.vector_state);
+
   // Input at time t, which may lie before the row (the state, or zeros).
   auto input = [&](float(&r)[V], int t) {
     if (t >= 0) {
@@ -120,19 +161,31 @@ __global__ void __launch_bounds__(kThreads) conv_kernel(const __grid_constant__ 
   float window[K - 1][V], weight[K][V], bias[V];
 #pragma unroll
   for (int j = 0; j < K - 1; j++) {
-    if (t0 < valid) input(window[j], t0 - (K - 1) + j);
+    if (t0 == 0) {
+#pragma unroll
+      for (int v = 0; v < V; v++) window[j][v] = before[j][v];
+    } else if (t0 < valid) {
+      input(window[j], t0 - (K - 1) + j);
+    }
   }
   if (t0 == 0 && p.state_out) {
     // This thread alone reads the state of its channels, so the new one may take its place.
     T* out = static_cast<T*>(p.state_out) + (int64_t(b) * p.channels + c) * (K - 1);
-    float last[K - 1][V];
+    float last[K - 1][V] = {};
 #pragma unroll
-    for (int j = 0; j < K - 1; j++) input(last[j], len - (K - 1) + j);
+    for (int j = 0; j < K - 1; j++) {
+      const int t = len - (K - 1) + j;
+      if (t >= 0) {
+        load<T, V>(last[j], x + t * p.x_token);
+      } else {
 #pragma unroll
-    for (int v = 0; v < V; v++) {
+        for (int i = 0; i < K - 1; i++) {  // t is -(K - 1) + i for one i
 #pragma unroll
-      for (int j = 0; j < K - 1; j++) out[v * (K - 1) + j] = from_float<T>(last[j][v]);
+          for (int v = 0; v < V; v++) last[j][v] = i == t + K - 1 ? before[i][v] : last[j][v];
+        }
+      }
     }
+    store_state<T, K, V>(out, last, p.vector_state);
   }
   load_weights<W, K, V>(weight, bias, p, c);
 
@@ -198,7 +251,7 @@ template <typename T, typename W, int K> int launch(const Params& p, cudaStream_
   const int tokens = p.tactic > 0 ? p.tactic : select(p);
   const Args args{p.x, p.weight, p.bias, p.state_in, p.y, p.state_out, p.seq_lens, p.x_batch_stride, p.x_token_stride,
                   p.y_batch_stride, p.y_token_stride, p.seqlen, p.channels, tokens, p.activation,
-                  aligned(p.weight, 16) && aligned(p.bias, 16)};
+                  aligned(p.weight, 16) && aligned(p.bias, 16), aligned(p.state_in, 16) && aligned(p.state_out, 16)};
   constexpr int V = 16 / sizeof(T);
   const bool vec = vectors(p);
   const dim3 grid(ceil_div(p.channels, kThreads * (vec ? V : 1)), ceil_div(p.seqlen, tokens), p.batch);

@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "selective_scan_chain.cuh"
-#include "selective_scan_segment.cuh"
 
 namespace mamba::scan {
 namespace {
@@ -50,11 +49,6 @@ template <typename T> size_t shared_bytes_of(const Tactic& t) {
   switch (t.kernel) {
     case Tactic::kChain4: return Chain<4>::shared_bytes(t.groups, t.warps, sizeof(T));
     case Tactic::kChain8: return Chain<8>::shared_bytes(t.groups, t.warps, sizeof(T));
-    case Tactic::kSegment16:
-      return t.warps == 2 ? Segment<T, 16, 2>::shared_bytes(t.groups) : Segment<T, 16, 1>::shared_bytes(t.groups);
-    case Tactic::kSegment8:
-      return t.warps == 2 ? Segment<T, 8, 2>::shared_bytes(t.groups) : Segment<T, 8, 1>::shared_bytes(t.groups);
-    case Tactic::kSegment4: return Segment<T, 4, 2>::shared_bytes(t.groups);
     default: return 0;
   }
 }
@@ -88,9 +82,6 @@ template <typename T> int run(const Params& p, const Tactic& tactic, cudaStream_
   switch (tactic.kernel) {
     case Tactic::kGeneric: return launch_generic(args, tactic, p.batch, stream);
     case Tactic::kChannel: return launch_channel(args, tactic, p.batch, stream);
-    case Tactic::kSegment16:
-    case Tactic::kSegment8:
-    case Tactic::kSegment4: return launch_segment(args, tactic, p.batch, stream);
     default: return launch_chain(args, tactic, p.batch, stream);
   }
 }
@@ -102,10 +93,7 @@ bool covers(const Params& p, const Tactic& t) {
     case Tactic::kGeneric: return t.pieces == 1;
     case Tactic::kChannel: return p.d_state == kState && t.pieces >= 1;
     case Tactic::kChain4:
-    case Tactic::kChain8:
-    case Tactic::kSegment16:
-    case Tactic::kSegment8:
-    case Tactic::kSegment4: return covers_chain(p) && t.pieces >= 1 && shared_bytes(p, t) <= max_shared_bytes();
+    case Tactic::kChain8: return covers_chain(p) && t.pieces >= 1 && shared_bytes(p, t) <= max_shared_bytes();
     default: return false;
   }
 }

@@ -28,10 +28,10 @@ template <typename T> struct Args {
   float* piece_dt;     // [batch, pieces, dim]: sum of dt over the piece
 };
 
-// Which kernel; chain: groups of channels in a block and its warps; segment: pairs of channels and phases; channel:
-// decays on the FMA pipe; and pieces of the sequence.
+// Which kernel; chain: groups of channels in a block and its warps; channel: decays on the
+// FMA pipe; and pieces of the sequence.
 struct Tactic {
-  enum Kernel { kGeneric = 0, kChannel = 1, kChain4 = 2, kChain8 = 3, kSegment16 = 4, kSegment8 = 5, kSegment4 = 6 };
+  enum Kernel { kGeneric = 0, kChannel = 1, kChain4 = 2, kChain8 = 3 };
   int kernel, groups, warps, pieces;
   int code() const { return kernel | groups << 4 | warps << 12 | pieces << 20; }
   static Tactic from(int c) { return {c & 15, c >> 4 & 255, c >> 12 & 255, c >> 20 & 1023}; }
@@ -90,7 +90,6 @@ __device__ void zero_padding(const Args<T>& p, int b, int len, int c0, int c1) {
 
 template <typename T> int launch_chain(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 template <typename T> int launch_channel(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
-template <typename T> int launch_segment(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 template <typename T> int launch_generic(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 
 }  // namespace mamba::scan

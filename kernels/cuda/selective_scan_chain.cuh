@@ -34,14 +34,13 @@ template <int G> struct Chain {
   static constexpr int kRunStep = 32 / kTau;
   static constexpr int kRunSteps = 3;  // so at most kRunStep * kRunSteps runs: 24 channels with G = 4, 48 with G = 8
 
-  // A group's states in transit: for each lane kS / 2 words of {state, state, tile that they enter, unused}.
-  static constexpr int kSlot = 32 * kS / 2 * 4;
+  static constexpr int kSlot = 32 * kS;  // a group's states in transit
 
   // Tiles of u, delta, z (two buffers) and y of a warp, in elements.
   static __host__ __device__ int tile_elements(int K) { return 7 * kTau * K * G; }
   static size_t shared_bytes(int K, int W, size_t element) {
     size_t floats = W * kWarpFloats + K * W * kSlot + K * 32 * kS + 2 * K * G + W * K * G;
-    return floats * sizeof(float) + W * tile_elements(K) * element;
+    return floats * sizeof(float) + (K * W + 1) / 2 * 2 * sizeof(uint64_t) + W * tile_elements(K) * element;
   }
 };
 
@@ -49,31 +48,6 @@ template <int S> __device__ __forceinline__ void load_run(float (&r)[S], const f
   Vec<float, S> v = load_vec<float, S>(p);
 #pragma unroll
   for (int s = 0; s < S; s++) r[s] = v.v[s];
-}
-
-// The tag makes a word its own signal: one shared-memory round trip from warp to warp, and no barrier.
-template <int S> __device__ __forceinline__ void take_states(float (&h)[S], const float* slot, uint32_t tile) {
-  bool arrived;
-  do {
-    arrived = true;
-#pragma unroll
-    for (int i = 0; i < S / 2; i++) {
-      uint32_t tag, unused;
-      asm volatile("ld.volatile.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(h[2 * i]), "=f"(h[2 * i + 1]), "=r"(tag), "=r"(unused)
-                   : "r"(smem_address(slot + 4 * i))
-                   : "memory");
-      arrived = arrived && tag == tile;
-    }
-  } while (!arrived);
-}
-template <int S> __device__ __forceinline__ void pass_states(float* slot, const float (&h)[S], uint32_t tile) {
-#pragma unroll
-  for (int i = 0; i < S / 2; i++) {
-    asm volatile("st.volatile.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem_address(slot + 4 * i)),
-                 "r"(__float_as_uint(h[2 * i])), "r"(__float_as_uint(h[2 * i + 1])), "r"(tile), "r"(0)
-                 : "memory");
-  }
 }
 
 template <typename T, int G> __device__ __forceinline__ void stage_bc(float* bc, int token, int half, const Run<T>& run) {
@@ -123,11 +97,9 @@ __global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ A
   float* s_bias = s_A + K * 32 * kS;           // [K * G]
   float* s_D = s_bias + width;                 // [K * G]
   float* s_sum = s_D + width;                  // [W][K * G] sums of dt, state-only pass
-  T* tiles_smem = reinterpret_cast<T*>(s_sum + W * width) + warp * L::tile_elements(K);  // u, delta, z, u, delta, z, y
+  uint64_t* ready = reinterpret_cast<uint64_t*>(s_sum + W * width);  // [K][W]: the warp's states are in its slot
+  T* tiles_smem = reinterpret_cast<T*>(ready + (K * W + 1) / 2 * 2) + warp * L::tile_elements(K);  // u, delta, z, u, delta, z, y
   const int tile_size = kTau * width;
-
-  // Where state i of a group (lane, then its kS) lies in a slot.
-  auto slot_index = [](int i) { return i / 2 * 4 + i % 2; };
 
   // State lanes: channel sc of the group, states sq*kS .. Load lanes: token lt of the tile, channels lc, lc + 1.
   const int sc = lane / kLanes, sq = lane % kLanes;
@@ -213,7 +185,7 @@ __global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ A
   if (kStateOnly) {
     for (int i = threadIdx.x; i < W * width; i += blockDim.x) s_sum[i] = 0.0f;
   }
-  for (int i = threadIdx.x; i < K * W * L::kSlot; i += blockDim.x) slots[i] = __uint_as_float(~0u);
+  for (int i = threadIdx.x; i < K * W; i += blockDim.x) mbarrier_init(&ready[i], 1);
   __syncthreads();
 
   // The state before the first token of the piece goes where warp 0 looks for it: the last warp's slots.
@@ -227,15 +199,13 @@ __global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ A
         h = fmaf(ex2(s_A[i] * p.piece_dt[at]), h, p.piece_state[at * kState + n]);
       }
     }
-    float* slot = slots + (k * W + W - 1) * L::kSlot + slot_index(i % (32 * kS));
-    slot[0] = h;
-    slot[2 - i % 2] = __uint_as_float(0u);  // enters tile 0
+    slots[(k * W + W - 1) * L::kSlot + i % L::kSlot] = h;
   }
   __syncthreads();
 
   const int from = warp == 0 ? W - 1 : warp - 1;
-  int buffer = 0;
-  for (int tile = warp; tile < tiles; tile += W, buffer ^= 1) {
+  int buffer = 0, parity = warp == 0;  // of the phase this warp waits for; warp 0 waits for the round before
+  for (int tile = warp; tile < tiles; tile += W, buffer ^= 1, parity ^= 1) {
     float B[kTau][kS], C[kTau][kS];
 #pragma unroll
     for (int i = 0; i < kPerLane; i++) {
@@ -249,8 +219,9 @@ __global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ A
     load_u(tile + W, buffer ^ 1);
     load_bc(tile + W);
     const bool in_range = tile * kTau + lt < n_tokens;
-    const float *k_bias = s_bias + lc, *k_A = s_A + lane * kS, *slot_in = slots + from * L::kSlot + lane * (2 * kS);
-    float* slot_out = slots + warp * L::kSlot + lane * (2 * kS);
+    const float *k_bias = s_bias + lc, *k_A = s_A + lane * kS, *slot_in = slots + from * L::kSlot + lane * kS;
+    float* slot_out = slots + warp * L::kSlot + lane * kS;
+    uint64_t *k_wait = ready + from, *k_signal = ready + warp;
     const T* k_u = tiles_smem + buffer * 3 * tile_size + lt * width + lc;
     T* k_y = tiles_smem + 6 * tile_size + lt * width + lc;
 
@@ -294,7 +265,8 @@ __global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ A
       float du[kTau];  // loaded before the wait: from here to the signal is the chain that every tile waits for
 #pragma unroll
       for (int t = 0; t < kTau; t += 4) load_run<4>(*reinterpret_cast<float(*)[4]>(du + t), s_dtu + sc * L::kRow + t);
-      take_states<kS>(h, slot_in, tile);
+      if (tile > 0) mbarrier_wait(k_wait, parity);
+      load_run<kS>(h, slot_in);
 #pragma unroll
       for (int t = 0; t < kTau; t++) {
 #pragma unroll
@@ -303,7 +275,12 @@ __global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ A
           if (!kStateOnly) a[t][s] = h[s];
         }
       }
-      pass_states<kS>(slot_out, h, tile + 1);
+      Vec<float, kS> out;
+#pragma unroll
+      for (int s = 0; s < kS; s++) out.v[s] = h[s];
+      store_vec<float, kS>(slot_out, out);
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(k_signal);
 
       if (!kStateOnly) {
         // Partial sums over this lane's states, added across the channel's lanes in a fixed order.
@@ -333,7 +310,7 @@ __global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ A
         y1 *= has_z ? silu(z.y) : 1.0f;
         *reinterpret_cast<pair_t<T>*>(k_y) = from_float2<T>(y0, y1);
       }
-      k_u += G, k_y += G, k_bias += G, k_A += 32 * kS, slot_in += W * L::kSlot, slot_out += W * L::kSlot;
+      k_u += G, k_y += G, k_bias += G, k_A += 32 * kS, slot_in += W * L::kSlot, slot_out += W * L::kSlot, k_wait += W, k_signal += W;
     }
     __syncwarp();  // y is complete; scratch is staged over next
     if (!kStateOnly) store_y(tile);
@@ -344,7 +321,7 @@ __global__ void __launch_bounds__(384, 1) chain_kernel(const __grid_constant__ A
   const bool finish = kStateOnly || (p.hT && piece == p.pieces - 1);
   for (int i = threadIdx.x; finish && i < K * 32 * kS; i += blockDim.x) {
     int k = i / (32 * kS), c = c0 + i / kState, n = i % kState;
-    float h = slots[(k * W + last) * L::kSlot + slot_index(i % (32 * kS))];
+    float h = slots[(k * W + last) * L::kSlot + i % L::kSlot];
     int64_t dst = kStateOnly ? ((int64_t(b) * p.pieces + piece) * p.dim + c) : (int64_t(b) * p.dim + c);
     if (c < c1) (kStateOnly ? p.piece_state : p.hT)[dst * kState + n] = h;
   }

@@ -1,14 +1,13 @@
 // The selector: microseconds of each tactic from figures measured on an H200 (kernels/NOTES-selective-scan.md), scaled
 // to the multiprocessors of this device. Only the order matters.
 
-// Nanoseconds per token of a block that has a multiprocessor to itself, by groups (chain) or pairs (segment).
+// Nanoseconds per token of a block that has a multiprocessor to itself, by groups.
 double block_token_ns(const Tactic& t) {
   static const double chain4[] = {13, 16, 20, 27, 32, 37}, chain8[] = {20, 31, 34, 46, 52, 64};
   switch (t.kernel) {
     case Tactic::kChain4: return chain4[std::min(t.groups, 6) - 1] * (t.warps < 12 ? 1.15 : 1.0);
     case Tactic::kChain8: return chain8[std::min(t.groups, 6) - 1] * (t.warps < 12 ? 1.15 : 1.0);
-    case Tactic::kSegment16: return t.groups * t.warps > 8 ? 26.0 * t.groups / (6.0 * (t.warps == 2 ? 1 : 0.62)) : 36;
-    default: return 40;
+    default: return 0;
   }
 }
 
@@ -20,9 +19,9 @@ double cost_us(const Params& p, const Tactic& t) {
     const double blocks = double(p.batch) * p.ngroups * ceil_div(group_dim, 128) * t.pieces;
     const double n = std::ceil(blocks / sms), token_ns = n <= 1 ? 190 : n <= 2 ? 215 : 105.5 * n;
     const double len = double(p.seqlen) / t.pieces;
-    return t.pieces == 1 ? 4 + 1e-3 * len * token_ns : 9 + 1.65e-3 * len * token_ns + 0.08 * t.pieces;
+    return t.pieces == 1 ? 4 + 1e-3 * len * token_ns : 12 + 1.65e-3 * len * token_ns + (0.9 + 0.008 * t.pieces) * t.pieces;
   }
-  const int width = t.kernel == Tactic::kChain4 ? 4 * t.groups : t.kernel == Tactic::kChain8 ? 8 * t.groups : 2 * t.groups;
+  const int width = (t.kernel == Tactic::kChain4 ? 4 : 8) * t.groups;
   const double blocks = double(p.batch) * t.pieces * p.ngroups * ceil_div(group_dim, width);
   const double rounds = std::ceil(blocks / sms), passes = t.pieces > 1 ? 1.8 : 1.0;
   return 6 * (t.pieces > 1 ? 1.8 : 1.0) + 1e-3 * passes * rounds * (double(p.seqlen) / t.pieces) * block_token_ns(t);
@@ -33,12 +32,12 @@ std::vector<Tactic> candidates(const Params& p) {
   auto add = [&](const Tactic& t) {
     if (covers(p, t)) all.push_back(t);
   };
-  add({Tactic::kChannel, 0, 4, 1});
+  add({Tactic::kChannel, 1, 4, 1});
   const int group_dim = p.dim / p.ngroups;
   const int columns = p.batch * p.ngroups * ceil_div(group_dim, 128);
   for (int n = 2; n <= 5; n++) {
     const int pieces = std::min(512, n * sm_count() / columns);
-    if (pieces > 1 && p.seqlen / pieces >= 32) add({Tactic::kChannel, 0, 4, pieces});
+    if (pieces > 1 && p.seqlen / pieces >= 32) add({Tactic::kChannel, 1, 4, pieces});
   }
   for (int pieces : {1, 2, 4, 8, 16}) {
     if (pieces > 1 && p.seqlen / pieces < 256) break;
@@ -51,13 +50,9 @@ std::vector<Tactic> candidates(const Params& p) {
         }
       }
     }
-    for (int pairs : {2, 4, 6}) add({Tactic::kSegment16, pairs, 2, pieces});
-    for (int pairs : {8, 12}) add({Tactic::kSegment16, pairs, 1, pieces});
   }
   std::stable_sort(all.begin(), all.end(), [&](const Tactic& x, const Tactic& y) { return cost_us(p, x) < cost_us(p, y); });
-  add({Tactic::kSegment8, 6, 2, 1});
-  add({Tactic::kSegment4, 4, 2, 1});
-  add({Tactic::kChannel, 1, 4, 1});
+  add({Tactic::kChannel, 0, 4, 1});
   add({Tactic::kGeneric, 0, 8, 1});
   return all;
 }

@@ -10,26 +10,14 @@ using Params = mamba_selective_state_update_params;
 
 constexpr int kThreads = 128;
 
-// V neighbouring numbers, in one access if they are aligned.
-template <typename T, int V> __device__ __forceinline__ void load_row(float (&f)[V], const T* p, bool vec) {
-  if (vec) {
-    const Vec<T, V> v = load_vec<T, V>(p);
-#pragma unroll
-    for (int i = 0; i < V; i++) f[i] = to_float(v.v[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < V; i++) f[i] = to_float(p[i]);
-  }
-}
-
 // kRows batch rows, d_state = kLanes * V states, V of them (16 bytes) to a lane.
 template <typename T, typename S, int kLanes, int kRows>
-__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Params p, bool vec_bc) {
+__global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant__ Params p, int group_dim) {
   constexpr int V = 16 / sizeof(S), N = kLanes * V;
   const int channel = (blockIdx.x * kThreads + threadIdx.x) / kLanes, q = threadIdx.x % kLanes;
   const bool active = channel < p.dim;
   const int c = active ? channel : p.dim - 1;  // idle lanes shadow the last channel, for the shuffles
-  const int g = c / (p.dim / p.ngroups), b0 = blockIdx.y * kRows;
+  const int g = p.ngroups == 1 ? 0 : c / group_dim, b0 = blockIdx.y * kRows;
 
   uint4 raw[kRows];
   T u[kRows], delta[kRows], z[kRows];
@@ -37,15 +25,14 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
 #pragma unroll
   for (int r = 0; r < kRows; r++) {
     const int b = min(b0 + r, p.batch - 1);
-    // The state streams through: no reuse, so nothing of it should stay in the caches.
-    raw[r] = __ldcs(reinterpret_cast<const uint4*>(static_cast<const S*>(p.state_in) + (int64_t(b) * p.dim + c) * N + q * V));
+    raw[r] = *reinterpret_cast<const uint4*>(static_cast<const S*>(p.state_in) + (int64_t(b) * p.dim + c) * N + q * V);
     u[r] = static_cast<const T*>(p.u)[b * p.u_batch_stride + c];
     delta[r] = static_cast<const T*>(p.delta)[b * p.delta_batch_stride + c];
     z[r] = p.z ? static_cast<const T*>(p.z)[b * p.z_batch_stride + c] : from_float<T>(0.0f);
     const T* pb = static_cast<const T*>(p.B) + b * p.B_batch_stride + g * N + q * V;
     const T* pc = static_cast<const T*>(p.C) + b * p.C_batch_stride + g * N + q * V;
-    load_row<T, V>(B[r], pb, vec_bc);
-    load_row<T, V>(C[r], pc, vec_bc);
+#pragma unroll
+    for (int i = 0; i < V; i++) B[r][i] = to_float(pb[i]), C[r][i] = to_float(pc[i]);
   }
 #pragma unroll
   for (int i = 0; i < V; i += 4) {
@@ -76,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     if (p.z) y *= silu(to_float(z[r]));
     if (active && b0 + r < p.batch) {
       const int64_t b = b0 + r;
-      __stcs(reinterpret_cast<uint4*>(static_cast<S*>(p.state_out) + (b * p.dim + c) * N + q * V), raw[r]);
+      *reinterpret_cast<uint4*>(static_cast<S*>(p.state_out) + (b * p.dim + c) * N + q * V) = raw[r];
       if (q == 0) static_cast<T*>(p.y)[b * p.y_batch_stride + c] = from_float<T>(y);
     }
   }
@@ -128,13 +115,10 @@ int select(const Params& p) {
 
 template <typename T, typename S, int kLanes> int launch_rows(const Params& p, int rows, cudaStream_t stream) {
   const dim3 grid(ceil_div(p.dim * kLanes, kThreads), ceil_div(p.batch, rows));
-  const size_t bytes = 16 / sizeof(S) * sizeof(T);  // of B or C to a lane
-  const bool vec_bc = aligned(p.B, bytes) && aligned(p.C, bytes) && p.B_batch_stride * sizeof(T) % bytes == 0 &&
-                      p.C_batch_stride * sizeof(T) % bytes == 0;
   switch (rows) {
-    case 1: update_kernel<T, S, kLanes, 1><<<grid, kThreads, 0, stream>>>(p, vec_bc); break;
-    case 2: update_kernel<T, S, kLanes, 2><<<grid, kThreads, 0, stream>>>(p, vec_bc); break;
-    case 4: update_kernel<T, S, kLanes, 4><<<grid, kThreads, 0, stream>>>(p, vec_bc); break;
+    case 1: update_kernel<T, S, kLanes, 1><<<grid, kThreads, 0, stream>>>(p, p.dim / p.ngroups); break;
+    case 2: update_kernel<T, S, kLanes, 2><<<grid, kThreads, 0, stream>>>(p, p.dim / p.ngroups); break;
+    case 4: update_kernel<T, S, kLanes, 4><<<grid, kThreads, 0, stream>>>(p, p.dim / p.ngroups); break;
     default: return MAMBA_ERROR_TACTIC;
   }
   return launch_status();

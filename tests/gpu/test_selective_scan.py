@@ -154,9 +154,10 @@ def test_long_sequences_do_not_drift() -> None:
         final += ((dt * u)[0, part, :, None] * decay * inputs["B"][0, part].double()).sum(0)
     for tactic in some_tactics(inputs):
         _, h = run(inputs, tactic=tactic)
-        # A float32 recurrence with correctly rounded exponentials comes out 2e-5 off on such a case (memory of 1e5
-        # tokens); ex2.approx, two units in the last place, costs some more.
-        assert error(h[0], final) < 1e-4, hex(tactic)
+        # Memory of 1e5 tokens: a bias of the exponential adds up token by token. Documented for ex2.approx is 2^-22,
+        # 1.6e-2 over the row; measured 4e-4 (a time split, which decays by one exponential a piece: 6e-5). The same
+        # recurrence in float32 with correctly rounded exponentials is 2e-5 off.
+        assert error(h[0], final) < 1e-3, hex(tactic)
 
 
 def test_a_split_sequence_continues() -> None:
