@@ -55,7 +55,7 @@ def _params(
 ) -> ctypes.Structure:
     batch, seqlen, dim = u.shape
     groups, d_state = B.shape[2:]
-    fields = {}
+    fields: dict[str, int] = {}
     for name, x, shape in (
         *(("u", u, u.shape), ("delta", delta, u.shape), ("z", z, u.shape), ("y", y, u.shape)),
         *(("B", B, (batch, seqlen, groups, d_state)), ("C", C, (batch, seqlen, groups, d_state))),

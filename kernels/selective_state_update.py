@@ -49,7 +49,7 @@ def selective_state_update(
     batch, seqlen, dim = u.shape
     groups, d_state = B.shape[2:]
     _require(seqlen == 1, "one token at a time; selective_scan takes longer sequences")
-    fields = {}
+    fields: dict[str, int] = {}
     for name, x in (("u", u), ("delta", delta), ("z", z), ("B", B), ("C", C)):
         if x is None:
             continue

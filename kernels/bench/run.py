@@ -33,11 +33,11 @@ def main() -> None:
     name = torch.cuda.get_device_name()
     parts = [
         "# Kernel benchmarks: the last output of `python -m kernels.bench.run`\n",
-        f"{name}, {torch.cuda.get_device_properties(0).multi_processor_count} multiprocessors, torch {torch.__version__}; "
-        f"copy bandwidth {ctx.copy_bandwidth / 1e12:.2f} TB/s (reads and writes, 1 GiB). Medians of CUDA-graph replays over "
-        "rotating buffers; the peer is mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0, in its own layout, in the same "
-        "run. "
-        "Errors are relative to float64 (first 512 tokens of a scan, 4,096 of a convolution).\n",
+        f"{name}, {torch.cuda.get_device_properties(0).multi_processor_count} multiprocessors, torch "
+        f"{torch.__version__}; copy bandwidth {ctx.copy_bandwidth / 1e12:.2f} TB/s (reads and writes, 1 GiB). "
+        "Medians of CUDA-graph replays over rotating buffers; the peer is mamba-ssm 2.3.2.post1 and causal-conv1d "
+        "1.7.0, in its own layout, in the same run. Errors are relative to float64 (first 512 tokens of a scan, "
+        "4,096 of a convolution).\n",
     ]
     for op in arguments.ops:
         rows = importlib.import_module(f".{op}", __package__).bench(ctx)
