@@ -58,7 +58,7 @@ def ssd_state_update(
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
             raise KernelError(f"ssd_state_update: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if D is not None and tuple(D.shape) not in ((nheads,), (nheads, headdim)):
-        raise KernelError(f"ssd_state_update: D has shape {tuple(D.shape)}, expected ({nheads},) or ({nheads}, {headdim})")
+        raise KernelError(f"ssd_state_update: D has shape {tuple(D.shape)}, not ({nheads},) or ({nheads}, {headdim})")
     for name, tensor in (("dt", dt), ("B", B), ("C", C), ("z", z)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise KernelError(f"ssd_state_update: {name} is {tensor.dtype}, but x is {x.dtype}")

@@ -18,6 +18,8 @@ TITLES = {
     "selective_scan": "batch, channels, tokens",
     "causal_conv1d": "batch, channels, tokens",
     "selective_state_update": "batch, channels",
+    "ssd_scan": "batch, heads, tokens",
+    "ssd_state_update": "batch, heads",
 }
 
 

@@ -72,7 +72,10 @@ def bench(ctx: Context) -> list[Row]:
     def theirs(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, dt_softplus: bool) -> Any:
         return peer(x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus)[0]
 
-    cases = [(shape, torch.bfloat16) for shape in SHAPES] + [((1, 24, 2048), torch.float16), ((1, 24, 2048), torch.float32)]
+    cases = [(shape, torch.bfloat16) for shape in SHAPES] + [
+        ((1, 24, 2048), torch.float16),
+        ((1, 24, 2048), torch.float32),
+    ]
     for (batch, nheads, seqlen), dtype in cases:
         tokens, width = batch * seqlen, 2 if dtype != torch.float32 else 4
         traffic = width * tokens * (nheads * (2 * 64 + 1) + 2 * 128)

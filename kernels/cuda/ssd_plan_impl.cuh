@@ -3,6 +3,7 @@
 
 #include "ssd_plan.cuh"
 #include "ssd_scan_kernel.cuh"
+#include "ssd_state_kernel.cuh"
 
 namespace mamba {
 namespace ssd {

@@ -52,7 +52,7 @@ struct Choice {
   }
   int64_t rows(const mamba_ssd_scan_params& p) const { return static_cast<int64_t>(blocks_x) * p.batch; }
   // Streaming needs runs of at least a row.
-  bool can_stream(const mamba_ssd_scan_params& p) const { return stream && rows(p) >= slots(); }
+  bool can_stream(const mamba_ssd_scan_params& p) const { return stream && p.seqlen > 0 && rows(p) >= slots(); }
 };
 
 bool multiple_of_8(int64_t a) { return a % 8 == 0; }
@@ -62,6 +62,7 @@ bool wide_access(const mamba_ssd_scan_params& p) {
   const void* pointers[] = {p.x, p.B, p.C, p.y, p.z};
   for (const void* at : pointers)
     if (!aligned(at, 16)) return false;
+  if (!aligned(p.initial_state, 8) || !aligned(p.final_state, 8) || !aligned(p.D, 8)) return false;
   return multiple_of_8(p.x_batch_stride) && multiple_of_8(p.x_token_stride) && multiple_of_8(p.B_batch_stride) &&
          multiple_of_8(p.B_token_stride) && multiple_of_8(p.C_batch_stride) && multiple_of_8(p.C_token_stride) &&
          multiple_of_8(p.y_batch_stride) && multiple_of_8(p.y_token_stride) && multiple_of_8(p.z_batch_stride) &&

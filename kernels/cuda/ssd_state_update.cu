@@ -12,7 +12,7 @@ constexpr int kThreads = 128;
 struct UpdateArgs {
   mamba_ssd_state_update_params p;
   int lanes, lanes_log2;  // threads that share a state row, a power of two up to 32
-  int heads_per_group;
+  int blocks_per_head;
 };
 
 struct Decay {
@@ -42,9 +42,9 @@ template <typename T, typename S, int kVecs, int kRows>
 __global__ void __launch_bounds__(kThreads) update_rows_kernel(const __grid_constant__ UpdateArgs args) {
   constexpr int kWidth = 16 / sizeof(S);
   const mamba_ssd_state_update_params& p = args.p;
-  const int head = blockIdx.y, batch = blockIdx.z;
+  const int head = blockIdx.x / args.blocks_per_head, batch = blockIdx.y;
   const int lane = threadIdx.x & (args.lanes - 1), rows_per_pass = kThreads >> args.lanes_log2;
-  const int row0 = blockIdx.x * rows_per_pass * kRows + (threadIdx.x >> args.lanes_log2);
+  const int row0 = (blockIdx.x % args.blocks_per_head) * rows_per_pass * kRows + (threadIdx.x >> args.lanes_log2);
   const int64_t state_at = (static_cast<int64_t>(batch) * p.nheads + head) * p.headdim * p.d_state;
   const S* in = static_cast<const S*>(p.state_in) + state_at;
   S* out = static_cast<S*>(p.state_out) + state_at;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) update_rows_kernel(const __grid_cons
     x[r] = row < p.headdim
                ? to_float(static_cast<const T*>(p.x)[batch * p.x_batch_stride + head * p.headdim + row]) : 0.f;
   }
-  const int group = head / args.heads_per_group;
+  const int group = head / (p.nheads / p.ngroups);
   const T* B_row = static_cast<const T*>(p.B) + batch * p.B_batch_stride + group * p.d_state;
   const T* C_row = static_cast<const T*>(p.C) + batch * p.C_batch_stride + group * p.d_state;
   Vec<T, kWidth> B[kVecs], C[kVecs];
@@ -102,10 +102,10 @@ __global__ void __launch_bounds__(kThreads) update_rows_kernel(const __grid_cons
 template <typename T, typename S>
 __global__ void __launch_bounds__(kThreads) update_any_kernel(const __grid_constant__ UpdateArgs args) {
   const mamba_ssd_state_update_params& p = args.p;
-  const int head = blockIdx.y, batch = blockIdx.z, lane = threadIdx.x & 31;
-  const int row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
+  const int head = blockIdx.x / args.blocks_per_head, batch = blockIdx.y, lane = threadIdx.x & 31;
+  const int row = (blockIdx.x % args.blocks_per_head) * (kThreads / 32) + threadIdx.x / 32;
   if (row >= p.headdim) return;
-  const int group = head / args.heads_per_group;
+  const int group = head / (p.nheads / p.ngroups);
   const int64_t state_at = ((static_cast<int64_t>(batch) * p.nheads + head) * p.headdim + row) * p.d_state;
   const T* B = static_cast<const T*>(p.B) + batch * p.B_batch_stride + group * p.d_state;
   const T* C = static_cast<const T*>(p.C) + batch * p.C_batch_stride + group * p.d_state;
@@ -146,14 +146,13 @@ int log2_of(int v) {
 int choose(const mamba_ssd_state_update_params& p, int lanes) {
   const int64_t rows = static_cast<int64_t>(p.batch) * p.nheads * p.headdim, per_pass = kThreads / lanes;
   const int64_t blocks = ceil_div64(rows, per_pass);
-  if (blocks >= 16 * sm_count()) return 3;  // 4 rows; 8 cost occupancy and a fifth of the bandwidth
-  return blocks >= 2 * sm_count() ? 2 : 1;
+  if (blocks >= 16 * sm_count()) return 3;  // 4 rows; 8 lose a fifth of the bandwidth
+  return blocks >= 8 * sm_count() ? 2 : 1;
 }
 
 template <typename T, typename S, int kVecs>
 void launch_rows(int tactic, const UpdateArgs& a, cudaStream_t stream) {
-  const int rows_per_block = (kThreads >> a.lanes_log2) << (tactic - 1);
-  const dim3 grid(ceil_div(a.p.headdim, rows_per_block), a.p.nheads, a.p.batch);
+  const dim3 grid(a.blocks_per_head * a.p.nheads, a.p.batch);
   switch (tactic) {
     case 1: update_rows_kernel<T, S, kVecs, 1><<<grid, kThreads, 0, stream>>>(a); break;
     case 2: update_rows_kernel<T, S, kVecs, 2><<<grid, kThreads, 0, stream>>>(a); break;
@@ -164,15 +163,16 @@ void launch_rows(int tactic, const UpdateArgs& a, cudaStream_t stream) {
 
 template <typename T, typename S>
 int launch_update(const mamba_ssd_state_update_params& p, cudaStream_t stream) {
-  UpdateArgs a = {p, 32, 5, p.nheads / p.ngroups};
+  UpdateArgs a = {p, 32, 5, ceil_div(p.headdim, kThreads / 32)};
   const int vecs = vectors_per_lane(p, &a.lanes);
   const int tactic = p.tactic < 0 ? (vecs ? choose(p, a.lanes) : 0) : p.tactic;
   if (tactic > 4 || (tactic > 0 && !vecs)) return MAMBA_ERROR_TACTIC;
   if (tactic == 0) {
-    update_any_kernel<T, S><<<dim3(ceil_div(p.headdim, kThreads / 32), p.nheads, p.batch), kThreads, 0, stream>>>(a);
+    update_any_kernel<T, S><<<dim3(a.blocks_per_head * p.nheads, p.batch), kThreads, 0, stream>>>(a);
     return launch_status();
   }
   a.lanes_log2 = log2_of(a.lanes);
+  a.blocks_per_head = ceil_div(p.headdim, kThreads / a.lanes << (tactic - 1));
   if (vecs == 1)
     launch_rows<T, S, 1>(tactic, a, stream);
   else
@@ -181,7 +181,7 @@ int launch_update(const mamba_ssd_state_update_params& p, cudaStream_t stream) {
 }
 
 int check(const mamba_ssd_state_update_params& p) {
-  if (p.batch < 0 || p.batch > 65535 || p.nheads > 65535 || p.nheads <= 0 || p.headdim <= 0 || p.ngroups <= 0 || p.d_state <= 0 ||
+  if (p.batch < 0 || p.batch > 65535 || p.nheads <= 0 || p.headdim <= 0 || p.ngroups <= 0 || p.d_state <= 0 ||
       p.nheads % p.ngroups != 0)
     return MAMBA_ERROR_SHAPE;
   if (p.batch > 0 && (!p.x || !p.dt || !p.B || !p.C || !p.y || !p.A || !p.state_in || !p.state_out))
