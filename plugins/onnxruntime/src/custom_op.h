@@ -18,8 +18,5 @@ using Compute = void (*)(const Node& node, const Context& context);
 void add_ops(const OrtApi& api, OrtCustomOpDomain* domain, const char* provider, Compute compute);
 
 void compute_cpu(const Node& node, const Context& context);
-#ifdef MAMBA_ORT_CUDA
-void compute_cuda(const Node& node, const Context& context);
-#endif
 
 }  // namespace mamba::ort

@@ -14,9 +14,6 @@ OrtCustomOpDomain* make_domain(const OrtApi& api) {
   OrtCustomOpDomain* domain = nullptr;
   mamba::ort::check(api, api.CreateCustomOpDomain("mamba", &domain));
   mamba::ort::add_ops(api, domain, nullptr, mamba::ort::compute_cpu);
-#ifdef MAMBA_ORT_CUDA
-  mamba::ort::add_ops(api, domain, "CUDAExecutionProvider", mamba::ort::compute_cuda);
-#endif
   return domain;
 }
 

@@ -15,13 +15,6 @@ MAMBA_INLINE int64_t channels_per_task(const Conv& c) {
   return ceil_div(ceil_div(kElementsPerTask, min64(c.length, kChunk)), kLanes) * kLanes;
 }
 
-template <class T>
-MAMBA_INLINE V gather(const T* p, int64_t stride, int lanes) {
-  V v = {};
-  for (int i = 0; i < lanes; ++i) v[i] = scalar(p + i * stride);
-  return v;
-}
-
 // Input column `index` of the lanes: the carried state where it is negative.
 template <class T>
 MAMBA_INLINE V column(const Conv& c, int64_t batch, int64_t channel, int64_t index, int lanes) {

@@ -69,11 +69,7 @@ MAMBA_INLINE void scan_states(Chunk& c, int64_t d_state, const V* A, V* h) {
 
 // `lanes` rows of a [*, N] matrix as N vectors, and back.
 MAMBA_INLINE void transpose_in(V* to, const float* from, int64_t d_state, int lanes) {
-  for (int64_t n = 0; n < d_state; ++n) {
-    V v = {};
-    for (int i = 0; i < lanes; ++i) v[i] = from[i * d_state + n];
-    to[n] = v;
-  }
+  for (int64_t n = 0; n < d_state; ++n) to[n] = gather(from + n, d_state, lanes);
 }
 
 MAMBA_INLINE void transpose_out(float* to, const V* from, int64_t d_state, int lanes) {

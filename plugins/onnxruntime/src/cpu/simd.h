@@ -125,6 +125,7 @@ MAMBA_INLINE void store(T* p, V v, int count) {
 }
 
 MAMBA_INLINE float scalar(const float* p) { return *p; }
+
 template <class T>
 MAMBA_INLINE float scalar(const T* p) {
   return load(p, 1)[0];
@@ -183,13 +184,37 @@ MAMBA_INLINE V softplus(V x) {
 
 MAMBA_INLINE V silu(V x) { return x / (exp(-x) + 1.0f); }
 
+// Lane i becomes p[i * stride]; the lanes past `count` are 0. Elements are collected in memory, not lane by lane.
+template <class T>
+MAMBA_INLINE V gather(const T* p, ptrdiff_t stride, int count) {
+  T lanes[kLanes] = {};
+  if (count == kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) lanes[i] = p[i * stride];
+  } else {
+    for (int i = 0; i < count; ++i) lanes[i] = p[i * stride];
+  }
+  return load(lanes, kLanes);
+}
+
 MAMBA_INLINE float sum(V v) {
+#if defined(__clang__)
   float lanes[kLanes];
   memcpy(lanes, &v, sizeof v);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   }
   return lanes[0];
+#else
+#pragma GCC unroll 4
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    I other = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) other[i] = i ^ width;
+    v = v + __builtin_shuffle(v, other);
+  }
+  return v[0];
+#endif
 }
 
 }  // namespace
