@@ -113,15 +113,16 @@ class Bundle:
         return sum(int(entry["bytes"]) for entry in self.manifest.files.values())
 
     def _check_files(self, check: bool, progress: Callable[[int], None] | None) -> None:
-        hint = "copy or export the bundle again"
         for name, entry in self.manifest.files.items():
             path = self.path / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise BundleError(f"the manifest of {self.path} names {name}, which lies outside the bundle")
             if not path.is_file():
-                raise BundleError(f"{path} is missing", hint)
+                raise BundleError(f"{path} is missing")
             if path.stat().st_size != entry["bytes"]:
-                raise BundleError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}", hint)
+                raise BundleError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
             if check and file_sha256(path, progress) != entry["sha256"]:
-                raise BundleError(f"{path} is damaged: its sha256 is not the manifest's", hint)
+                raise BundleError(f"{path} is damaged: its sha256 is not the manifest's")
 
     def save_verification(self, verification: dict[str, Any]) -> None:
         """Record verification results in the manifest, atomically."""
@@ -212,9 +213,9 @@ def write_bundle(out: str | Path, force: bool = False, needed: int = 0) -> Itera
         partial.chmod(0o755)
         _move_into_place(partial, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise EnvironmentProblem(
-                f"the disk of {out.parent} is full", "free some space or choose another -o"
+                f"no room left at {out.parent}: {error.strerror}", "free some space or choose another -o"
             ) from error
         raise UsageError(f"cannot write {out}: {error.strerror or error}") from error
     finally:

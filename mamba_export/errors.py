@@ -17,17 +17,19 @@ from __future__ import annotations
 
 
 class MambaExportError(Exception):
-    """Base of all errors raised on purpose. ``hint`` says what to do next, in one line."""
+    """Base of all errors raised on purpose. ``hint`` says what to do next, in one line; every class has a default."""
 
     exit_code = 1
+    default_hint: str | None = None
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.default_hint
 
 
 class UsageError(MambaExportError):
     exit_code = 2
+    default_hint = "mamba-export COMMAND --help shows arguments and examples"
 
 
 class OutputExistsError(UsageError):
@@ -36,6 +38,7 @@ class OutputExistsError(UsageError):
 
 class CheckpointError(MambaExportError):
     exit_code = 3
+    default_hint = "the checkpoint is damaged or edited: compare it with its source, or copy it again"
 
 
 class UnsupportedError(CheckpointError):
@@ -48,10 +51,12 @@ class VerificationError(MambaExportError):
 
 class BundleError(MambaExportError):
     exit_code = 3
+    default_hint = "copy or export the bundle again"
 
 
 class EnvironmentProblem(MambaExportError):
     exit_code = 5
+    default_hint = "mamba-export doctor shows what this machine has"
 
 
 class MissingExtraError(EnvironmentProblem):

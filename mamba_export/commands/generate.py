@@ -68,7 +68,7 @@ def command(
     names = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
     sampling = Sampling(**{name: options.pop(name) for name in names})
     texts: list[Prompt] = [*prompts, *map(_read_prompt, files), *map(_parse_tokens, token_lists)]
-    opened = Bundle(bundle, check=False)
+    opened = Bundle(bundle)
     source = opened.manifest.checkpoint.get("sha256", "")
     resume = state_file.load_state(load_state, opened.spec, source) if load_state else None
     if not texts and resume is None:
