@@ -213,10 +213,11 @@ def write_bundle(out: str | Path, force: bool = False, needed: int = 0) -> Itera
         partial.chmod(0o755)
         _move_into_place(partial, out)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise EnvironmentProblem(
-                f"no room left at {out.parent}: {error.strerror}", "free some space or choose another -o"
-            ) from error
+        hint = "free some space or choose another -o"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise EnvironmentProblem(f"the disk of {out.parent} is full", hint) from error
+        if error.errno == errno.EFBIG:
+            raise EnvironmentProblem(f"{out} is larger than a file may be here", hint) from error
         raise UsageError(f"cannot write {out}: {error.strerror or error}") from error
     finally:
         if partial is not None:
