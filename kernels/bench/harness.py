@@ -123,7 +123,7 @@ def time_ms(calls: Sequence[Callable[[], Any]], budget_ms: float = 60.0, replays
             stop.record()
             stream.synchronize()
             times.append(start.elapsed_time(stop) / count)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def sets_for(bytes_per_set: float, l2_bytes: float = 130e6, most: int = 96) -> int:

@@ -61,7 +61,7 @@ def bench(ctx: Context) -> list[Row]:
         if ctx.quick and work > 2e7:
             continue
         sets = [make(batch, dim, seqlen, seed) for seed in range(1 if work > 5e7 else sets_for(8 * work))]
-        outs = [
+        outs: list[dict[str, Any]] = [
             {"out": torch.empty_like(s["u"]), "final_state": torch.empty(batch, dim, 16, device="cuda")} for s in sets
         ]
         ours = time_ms([partial(selective_scan, **s, **o) for s, o in zip(sets, outs, strict=True)])

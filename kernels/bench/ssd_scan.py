@@ -89,7 +89,8 @@ def bench(ctx: Context) -> list[Row]:
         row.floor_ms = max(traffic / ctx.copy_bandwidth, flops / TENSOR_FLOPS) * 1e3
         if batch * seqlen <= 2048:
             expected = reference(**sets[0])
-            row.ours_error = relative_error(ssd_scan(**sets[0]), expected)
+            ours: Any = ssd_scan(**sets[0])
+            row.ours_error = relative_error(ours, expected)
             row.peer_error = relative_error(theirs(**sets[0]), expected)
         rows.append(row)
     return rows

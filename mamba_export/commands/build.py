@@ -13,7 +13,9 @@ from mamba_export.commands.console import Console, common_options, size
 @click.argument("bundle", type=click.Path())
 @click.option("--runtime", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt", show_default=True)
 @click.option("--sm", multiple=True, help="TensorRT-RTX: GPUs to build for, none needed here: 86, 89, 120; repeatable.")
-@click.option("--plugin", type=click.Path(), help="Plugin library (mamba-export plugin build). Default: function bodies.")
+@click.option(
+    "--plugin", type=click.Path(), help="Plugin library (mamba-export plugin build). Default: function bodies."
+)
 @click.option("--profile", "seq", default="1,512,2048", show_default=True, help="Prompt length: min,opt,max.")
 @click.option("--batch", default="1,1,4", show_default=True, help="Rows: min,opt,max.")
 @click.option(
@@ -69,7 +71,9 @@ def command(
     result = build_engines(Bundle(bundle), options, force=force, progress=console)
     for entry in result.engines:
         plugins = entry["layers"].get("PLUGIN_V3", 0)
-        layers = f"{sum(entry['layers'].values())} layers" + (f", {plugins} plugins" if plugins else ", function bodies")
+        layers = f"{sum(entry['layers'].values())} layers" + (
+            f", {plugins} plugins" if plugins else ", function bodies"
+        )
         gpus = ", ".join(f"sm_{number}" for number in entry["compute_capabilities"])
         console.line(entry["kind"], f"{layers} · {gpus} · {entry['runtime']} {entry['version']} · {entry['seconds']} s")
         console.line("wrote", f"{Path(bundle) / entry['file']} ({size(entry['bytes'])})")

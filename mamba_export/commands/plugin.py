@@ -20,9 +20,7 @@ def command() -> None:
 @click.option("--jobs", type=click.IntRange(min=1), help="Compilations at a time; one a processor when left out.")
 @click.option("--force", is_flag=True, help="Build even if the same library is in the cache.")
 @common_options
-def build(
-    console: Console, arch: tuple[str, ...], tensorrt_root: str | None, jobs: int | None, force: bool
-) -> None:
+def build(console: Console, arch: tuple[str, ...], tensorrt_root: str | None, jobs: int | None, force: bool) -> None:
     """Build the library from the sources in this package, and print its path.
 
     \b

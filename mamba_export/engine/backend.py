@@ -67,11 +67,14 @@ class Backend:
         try:
             ctypes.CDLL(str(library))
         except OSError as error:
-            raise EnvironmentProblem(f"{library} does not load: {error}", "build it here: mamba-export plugin build") from error
+            raise EnvironmentProblem(
+                f"{library} does not load: {error}", "build it here: mamba-export plugin build"
+            ) from error
         registry = self.trt.get_plugin_registry()
         if registry.load_library(str(library)) is None:
             raise EnvironmentProblem(
-                f"{self.name} {self.version} refused {library}", "build it against this version: mamba-export plugin build"
+                f"{self.name} {self.version} refused {library}",
+                "build it against this version: mamba-export plugin build",
             )
         _loaded.add((self.name, library.resolve()))
 
@@ -89,13 +92,13 @@ def load_backend(name: str) -> Backend:
     module, extra = ("tensorrt", "tensorrt") if name == "tensorrt" else ("tensorrt_rtx", "rtx")
     require(module, extra=extra, purpose=f"building {name} engines")
     try:
-        return Backend(name, importlib.import_module(module))  # type: ignore[arg-type]
+        return Backend(name, importlib.import_module(module))
     except (ImportError, OSError) as error:
         raise EnvironmentProblem(f"the package {module} does not load: {error}") from error
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it can make again: ``$XDG_CACHE_HOME/mamba-export`` or ``~/.cache/mamba-export``."""
+    """Where this project keeps what it can make again: in ``$XDG_CACHE_HOME`` or ``~/.cache``, under its name."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mamba-export"
 

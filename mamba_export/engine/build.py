@@ -37,7 +37,7 @@ class BuildOptions:
             held once. None: on devices with less than 16 GB.
         workspace: bytes of scratch memory a tactic may use; TensorRT's default when None.
         optimization_level: 0 to 5; TensorRT's default when None.
-        timing_cache: file that remembers measurements between builds. None: one per version and GPU in the user's cache.
+        timing_cache: file that remembers measurements between builds. None: one a version and GPU in the user's cache.
     """
 
     runtime: RuntimeName = "tensorrt"
@@ -155,7 +155,9 @@ def _compute_capabilities(backend: Backend, wanted: Sequence[str]) -> tuple[str,
 class _Job:
     """Builds one engine."""
 
-    def __init__(self, backend: Backend, bundle: Bundle, plan: _Plan, options: BuildOptions, sm: tuple[str, ...]) -> None:
+    def __init__(
+        self, backend: Backend, bundle: Bundle, plan: _Plan, options: BuildOptions, sm: tuple[str, ...]
+    ) -> None:
         self.backend, self.trt, self.bundle, self.plan = backend, backend.trt, bundle, plan
         self.options, self.sm = options, sm
         self.logger = make_logger(self.trt)

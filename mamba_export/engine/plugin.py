@@ -84,7 +84,9 @@ def parse_arch(text: str) -> str:
     """
     found = re.fullmatch(r"(?:sm_?)?(\d{1,2})\.?(\d)([af]?)", text.strip().lower())
     if found is None:
-        raise UsageError(f"'{text}' is not a GPU architecture", "for example sm_87 (Orin), sm_110 (Thor), sm_90, sm_120")
+        raise UsageError(
+            f"'{text}' is not a GPU architecture", "for example sm_87 (Orin), sm_110 (Thor), sm_90, sm_120"
+        )
     return "".join(found.groups())
 
 
@@ -172,7 +174,9 @@ def _run(command: Sequence[str], tick: Tick | None) -> None:
         EnvironmentProblem: it failed; the message holds the end of its output.
     """
     lines, told = [], 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as job:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as job:
         assert job.stdout is not None
         for line in job.stdout:
             lines.append(line.rstrip())

@@ -67,7 +67,9 @@ class Profile:
         Args:
             declared: the input's shape in the network, -1 where it is dynamic.
         """
-        minimum, optimum, maximum = [], [], []
+        minimum: list[int] = []
+        optimum: list[int] = []
+        maximum: list[int] = []
         for axis, dim in enumerate(declared):
             values = [dim] * 3 if dim >= 0 else (self.batch if axis == 0 else self.seq).to_list()
             for shape, value in zip((minimum, optimum, maximum), values, strict=True):

@@ -62,7 +62,9 @@ def find_toolchain(tensorrt_root: str | Path | None = None) -> Toolchain:
 def find_nvcc() -> Path:
     """CUDA's compiler: ``$CUDACXX``, ``$CUDA_HOME``, PATH, /usr/local/cuda."""
     candidates = [Path(os.environ["CUDACXX"])] if os.environ.get("CUDACXX") else []
-    candidates += [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates += [
+        Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)
+    ]
     on_path = shutil.which("nvcc")
     candidates += [Path(on_path)] if on_path else []
     candidates.append(Path("/usr/local/cuda/bin/nvcc"))
@@ -110,7 +112,9 @@ def tensorrt_version(headers: Path) -> tuple[int, int]:
     Raises:
         EnvironmentProblem: they don't say.
     """
-    text = (headers / "NvInferVersion.h").read_text(errors="replace") if (headers / "NvInferVersion.h").is_file() else ""
+    text = (
+        (headers / "NvInferVersion.h").read_text(errors="replace") if (headers / "NvInferVersion.h").is_file() else ""
+    )
     numbers = []
     for part in ("MAJOR", "MINOR"):
         found = re.search(rf"#define (?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)? (\d+)", text)

@@ -190,7 +190,8 @@ def _array(entry: dict[str, Any], data: memoryview) -> NDArray[Any]:
     start, end = entry["data_offsets"]
     shape = tuple(int(dim) for dim in entry["shape"])
     array: NDArray[Any] = np.frombuffer(data[start:end], _DTYPES[entry["dtype"]]).reshape(shape)
-    return array.copy()
+    copy: NDArray[Any] = array.copy()
+    return copy
 
 
 def _check_shapes(path: Path, snapshot: Snapshot, spec: ModelSpec) -> None:
