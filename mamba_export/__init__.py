@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from mamba_export.export import export_onnx
     from mamba_export.inspection import inspect
     from mamba_export.runtime import OrtRunner, Runner
+    from mamba_export.runtime.generate import generate, stream
+    from mamba_export.runtime.sampling import Sampling
     from mamba_export.spec import ModelSpec
     from mamba_export.states import State, state_table
     from mamba_export.verification import verify
@@ -31,13 +33,16 @@ _HOMES = {
     "ModelSpec": "mamba_export.spec",
     "OrtRunner": "mamba_export.runtime",
     "Runner": "mamba_export.runtime",
+    "Sampling": "mamba_export.runtime.sampling",
     "State": "mamba_export.states",
     "doctor": "mamba_export.diagnosis",
     "export_onnx": "mamba_export.export",
+    "generate": "mamba_export.runtime.generate",
     "inspect": "mamba_export.inspection",
     "open_checkpoint": "mamba_export.checkpoint",
     "perplexity": "mamba_export.verification.perplexity",
     "state_table": "mamba_export.states",
+    "stream": "mamba_export.runtime.generate",
     "verify": "mamba_export.verification",
 }
 
@@ -48,14 +53,17 @@ __all__ = [
     "ModelSpec",
     "OrtRunner",
     "Runner",
+    "Sampling",
     "State",
     "__version__",
     "doctor",
     "export_onnx",
+    "generate",
     "inspect",
     "open_checkpoint",
     "perplexity",
     "state_table",
+    "stream",
     "verify",
 ]
 

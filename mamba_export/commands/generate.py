@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--echo", is_flag=True, help="Print the prompt too.")
 @click.option("--chunk", default=512, show_default=True, type=click.IntRange(1), help="Longest piece of prefill.")
-@click.option("--step-only", is_flag=True, help="Never load the prefill graph; the prompt goes through steps.")
+@click.option("--step-only", is_flag=True, help="Never load the prefill graph; implies --low-memory.")
+@click.option("--low-memory", is_flag=True, help="Read weights where they lie in the file; slower steps.")
 @click.option("--save-state", type=click.Path(), help="Keep the conversation in this file.")
 @click.option("--load-state", type=click.Path(), help="Go on from a file of --save-state.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run.")
@@ -49,6 +50,7 @@ def command(
     load_state: str | None,
     device: str,
     threads: int | None,
+    low_memory: bool,
     **options: Any,
 ) -> None:
     """Continue a prompt, greedily unless --temperature is given. The text goes to stdout as it is made.
@@ -74,7 +76,7 @@ def command(
     if not texts and resume is None:
         texts = [_read_prompt("-")]
     run = stream(
-        open_runner(opened, device, threads),
+        open_runner(opened, device, threads, low_memory or options["step_only"]),
         texts,
         sampling=sampling,
         resume=resume,

@@ -75,7 +75,7 @@ def stream(
     """
     if max_tokens < 0 or chunk < 1:
         raise UsageError(f"max-tokens = {max_tokens} and chunk = {chunk} must be at least 0 and 1")
-    runner = open_runner(model) if isinstance(model, (str, Path, Bundle)) else model
+    runner = open_runner(model, low_memory=step_only) if isinstance(model, (str, Path, Bundle)) else model
     tokenizer = tokenizer or _tokenizer_of(runner)
     if stop and tokenizer is None:
         raise UsageError("stop strings need a tokenizer, and this bundle has none")
@@ -97,11 +97,13 @@ def stream(
     return TextStream(plan, before, queues, resume)
 
 
-def open_runner(model: str | Path | Bundle, device: str = "cpu", threads: int | None = None) -> Runner:
-    """A bundle in ONNX Runtime, ready to run."""
+def open_runner(
+    model: str | Path | Bundle, device: str = "cpu", threads: int | None = None, low_memory: bool = False
+) -> Runner:
+    """A bundle in ONNX Runtime, ready to run; see :class:`mamba_export.runtime.ort.OrtRunner`."""
     from mamba_export.runtime.ort import OrtRunner
 
-    return OrtRunner(model if isinstance(model, Bundle) else Bundle(model), device, threads)
+    return OrtRunner(model if isinstance(model, Bundle) else Bundle(model), device, threads, low_memory=low_memory)
 
 
 def _tokenizer_of(runner: Runner) -> Tokenizer | None:

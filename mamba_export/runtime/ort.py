@@ -35,6 +35,7 @@ class OrtRunner:
         threads: int | None = None,
         suited: bool = True,
         library: str | Path | None = AUTO,
+        low_memory: bool = False,
     ) -> None:
         """Prepare to run ``bundle``.
 
@@ -44,6 +45,7 @@ class OrtRunner:
             threads: of the CPU; ONNX Runtime's choice when None.
             suited: take the graphs that suit ``device`` best, where the bundle has two pairs.
             library: computes plugin ops; see :func:`mamba_export.runtime.ort_session.make_session`.
+            low_memory: keep no second copy of the weights; steps are slower for it.
 
         Raises:
             MissingExtraError: ONNX Runtime is not installed.
@@ -59,17 +61,22 @@ class OrtRunner:
                 'pip install "mamba-export[gpu]"' if device == "cuda" else None,
             )
         self.bundle, self.spec, self.device = bundle, bundle.spec, device
-        self._threads, self._suited, self._library = threads, suited, library
+        self._options: dict[str, Any] = {
+            "threads": threads,
+            "suited": suited,
+            "library": library,
+            "low_memory": low_memory,
+        }
 
     @functools.cached_property
     def prefill_session(self) -> ort.InferenceSession:
         """The session of prefill.onnx."""
-        return make_session(self.bundle, PREFILL, self.device, self._threads, self._suited, self._library)
+        return make_session(self.bundle, PREFILL, self.device, **self._options)
 
     @functools.cached_property
     def step_session(self) -> ort.InferenceSession:
         """The session of step.onnx."""
-        return make_session(self.bundle, STEP, self.device, self._threads, self._suited, self._library)
+        return make_session(self.bundle, STEP, self.device, **self._options)
 
     def initial_state(self, batch: int) -> StateValues:
         states, device = self.bundle.states, self.device

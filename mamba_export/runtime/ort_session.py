@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mamba_export.bundle import Bundle
+from mamba_export.bundle import PREFILL, Bundle
 from mamba_export.errors import EnvironmentProblem
 from mamba_export.extras import require
 from mamba_export.states import State
@@ -45,6 +45,7 @@ def make_session(
     threads: int | None = None,
     suited: bool = True,
     library: str | Path | None = AUTO,
+    low_memory: bool = False,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session of one of the bundle's graphs; with ``suited``, of the one that suits ``device`` best.
 
@@ -53,6 +54,10 @@ def make_session(
 
     Plugin ops are computed by the custom-op library ``library`` (AUTO: the one that
     :func:`mamba_export.plugins.ort_library.find` knows; None: none), on the CPU alone; without one by their bodies.
+
+    With ``low_memory`` the weights are read where they lie in the mapped file instead of being packed into a copy, and
+    scratch memory goes back to the system after each call; a step takes longer for it. Prefill never packs: over
+    many tokens it gains nothing, and the mapped pages are shared with the step graph.
 
     Raises:
         EnvironmentProblem: ONNX Runtime can't run this graph; the message says why.
@@ -63,6 +68,9 @@ def make_session(
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    if low_memory or graph == PREFILL:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_cpu_mem_arena = not low_memory
     operators = _operators(bundle, device, library)
     if operators is not None:
         from mamba_export.plugins import ort_library
