@@ -71,17 +71,14 @@ def llama(path: str, length: int, threads: int) -> Timing:
     return {"version": llama_cpp.__version__, "prefill_ms": timing, "step_ms": best_of(lambda: model.eval([1]), 60)}
 
 
-def bundle(path: str, length: int, threads: int) -> Timing:
+def run_bundle(path: str, length: int, threads: int, library: Path | None) -> Timing:
     import numpy as np
     import onnxruntime
 
-    import mamba_export
-
-    mamba_export.__path__.append(str(ROOT))
     from mamba_export import Bundle
     from mamba_export.runtime import OrtRunner
 
-    runner = OrtRunner(Bundle(path, check=False), threads=threads)
+    runner = OrtRunner(Bundle(path, check=False), threads=threads, library=library)
     ids = np.arange(length, dtype=np.int64)[None] % 1000
     zero = runner.initial_state(1)
     prefill = best_of(lambda: runner.prefill(ids, zero), 5)
@@ -89,7 +86,28 @@ def bundle(path: str, length: int, threads: int) -> Timing:
     return {"version": onnxruntime.__version__, "prefill_ms": prefill, "step_ms": step}
 
 
-CONTENDERS = {"transformers": transformers, "llama.cpp f32": llama, "ort target": bundle, "library": bundle}
+def with_library(path: str, length: int, threads: int) -> Timing:
+    import mamba_export
+
+    mamba_export.__path__.append(str(ROOT))
+    from mamba_export.plugins import ort_library
+
+    found = ort_library.find()
+    if found is None:
+        sys.exit("no library: python -m mamba_export.plugins.ort_library --onnxruntime-root DIR")
+    return run_bundle(path, length, threads, found)
+
+
+def without_library(path: str, length: int, threads: int) -> Timing:
+    return run_bundle(path, length, threads, None)
+
+
+CONTENDERS = {
+    "transformers": transformers,
+    "llama.cpp f32": llama,
+    "ort target": without_library,
+    "library": with_library,
+}
 
 
 def measure(name: str, python: str, path: Path, length: int, threads: int) -> Timing:
