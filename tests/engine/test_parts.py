@@ -78,7 +78,7 @@ def test_headers_say_their_version(tmp_path: Path) -> None:
 
 
 def test_missing_tools_say_where_they_were_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="looked at .*/include"):
+    with pytest.raises(UsageError, match=r"looked at .*/include"):
         find_headers(tmp_path)
     compiler = tmp_path / "nvcc"
     compiler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.6, V12.6.1'\n")
@@ -90,7 +90,7 @@ def test_missing_tools_say_where_they_were_looked_for(tmp_path: Path, monkeypatc
     monkeypatch.delenv("CUDACXX")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nowhere"))
     monkeypatch.setattr("mamba_export.engine.toolchain.Path.is_file", lambda path: False)
-    with pytest.raises(EnvironmentProblem, match="nvcc was not found; looked at .*nowhere"):
+    with pytest.raises(EnvironmentProblem, match=r"nvcc was not found; looked at .*nowhere"):
         build_plugin(["sm_87"], tensorrt_root=tmp_path)
 
 
