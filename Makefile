@@ -58,7 +58,7 @@ format: .venv/dev ## Let ruff format and fix what it can.
 	$(BIN)/ruff format .
 
 bench: .venv/dev ## Run the benchmarks; see benchmarks/.
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit; done
+	$(BIN)/python benchmarks/results.py $(ARGS)
 
 docs: .venv/dev ## Write docs/commands.md anew from the command line's help.
 	$(BIN)/python docs/make_commands.py

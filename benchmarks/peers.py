@@ -66,7 +66,7 @@ def gguf_of(model: Path, cache: Path) -> Path:
         source = llama_source(cache)
         env = {**os.environ, "PYTHONPATH": str(source / "gguf-py")}
         command = [sys.executable, source / "convert_hf_to_gguf.py", model, "--outtype", "f32", "--outfile", out]
-        subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, env=env, check=True, capture_output=True)
     return out
 
 
