@@ -24,8 +24,6 @@ TITLES = {
     "prefill_scaling": "(c) Prefill of long sequences",
 }
 HEADER = "# Last results\n\nWritten by `benchmarks/results.py`: what each script printed, machine and date first.\n"
-    "# Last results\n\nWritten by `benchmarks/results.py`: output of each script, with machine, versions and date.\n"
-)
 BUSY = "**Preliminary: other jobs were running on this machine.**\n\n"
 
 
