@@ -135,7 +135,7 @@ def test_gpus_it_does_not_build_for_are_named(copy_bundle: CopyBundle) -> None:
 
 
 def test_ort_bundles_are_refused(copy_bundle: CopyBundle) -> None:
-    bundle = copy_bundle(target="ort-cuda", dtype="fp32")
+    bundle = copy_bundle(target="ort", dtype="fp32")
     with pytest.raises(UsageError, match="ONNX Runtime's own ops"):
         build_engines(bundle, options(sm=("86",)))
 
