@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto
 
 from mamba_export import Bundle, open_checkpoint
+from mamba_export.bundle import CPU_GRAPHS
 from mamba_export.targets import TARGETS
 from tests.graph.conftest import MakeGraphs
 
@@ -102,6 +103,29 @@ def test_portable_is_standard_onnx(model: str, graph: str, graphs: MakeGraphs) -
     onnx.checker.check_model(str(bundle.file(graph)), full_check=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"logits": "all", "ragged": True}], ids=["default", "all-ragged"])
+def test_graphs_for_a_cpu_have_the_same_face(options: dict[str, Any], graphs: MakeGraphs) -> None:
+    """Target ort writes a second pair for Mamba-1: other nodes over the same inputs, outputs and weights."""
+    bundle = graphs("mamba1", "ort", **options)
+    for name, for_cpu in CPU_GRAPHS.items():
+        assert bundle.graph(name, "cpu") == bundle.file(for_cpu)
+        assert bundle.graph(name, "cuda") == bundle.file(name)
+        main, other = load(bundle, name), load(bundle, for_cpu)
+        assert signature(other.graph.input) == signature(main.graph.input)
+        assert signature(other.graph.output) == signature(main.graph.output)
+        assert regions(other) == regions(main)
+        assert {o.domain: o.version for o in other.opset_import} == {"": 20, "com.microsoft": 1}
+        kinds = [{node.op_type for node in every_node(proto.graph)} for proto in (main, other)]
+        assert "LinearAttention" in kinds[0] - kinds[1]
+
+
+@pytest.mark.parametrize(("model", "target"), [("mamba2", "ort"), ("mamba1", "portable"), ("mamba1", "tensorrt")])
+def test_other_bundles_have_one_pair(model: str, target: str, graphs: MakeGraphs) -> None:
+    bundle = graphs(model, target)
+    assert not set(CPU_GRAPHS.values()) & {path.name for path in bundle.path.iterdir()}
+    assert bundle.graph("step.onnx", "cpu") == bundle.file("step.onnx")
+
+
 @by_graph
 @by_model
 def test_ort_uses_contrib_ops(model: str, graph: str, graphs: MakeGraphs) -> None:
@@ -170,7 +194,8 @@ def test_graphs_hold_no_weights(model: str, target: str, graphs: MakeGraphs) -> 
 @by_target
 def test_manifest_counts_nodes(target: str, graphs: MakeGraphs) -> None:
     bundle = graphs("mamba1", target)
-    for kind in ("prefill", "step"):
+    assert {f"{kind}.onnx" for kind in bundle.manifest.nodes} == {p.name for p in bundle.path.glob("*.onnx")}
+    for kind in bundle.manifest.nodes:
         proto = load(bundle, f"{kind}.onnx")
         assert bundle.manifest.nodes[kind] == dict(Counter(node.op_type for node in proto.graph.node))
 

@@ -1,7 +1,7 @@
 """Every ONNX body of every op, run in ONNX Runtime on random inputs, against the closed form.
 
-``portable`` inlines the standard-op body, ``ort`` the one with contrib ops, and ``tensorrt`` keeps the node with the
-body as a model-local function, which ONNX Runtime inlines itself.
+``portable`` inlines the standard-op body, ``ort`` the one with contrib ops and ``ort-cpu`` the one that is fast on a
+CPU; ``tensorrt`` keeps the node with the body as a model-local function, which ONNX Runtime inlines itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.ops.onnx_runs import lower_op, make_model, run_model, run_onnx, sampl
 from tests.ops.oracle import oracle, relative
 from tests.ops.samples import KINDS, OP_TYPES, STEP_TYPES, Kind, examples, ragged_samples, run, samples
 
-TARGETS = ("portable", "ort", "tensorrt")
+TARGETS = ("portable", "ort", "ort-cpu", "tensorrt")
 F32 = 2e-5
 FP16 = 2.0**-10
 by_kind = pytest.mark.parametrize("kind", KINDS)
