@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import subprocess
 import sys
@@ -61,7 +60,7 @@ def test_every_truncation_is_refused(saved: Path) -> None:
     content = saved.read_bytes()
     for length in [0, 1, 7, 8, 9, 50, *range(100, len(content), 997), len(content) - 1]:
         saved.write_bytes(content[:length])
-        with pytest.raises(UsageError, match="truncated|not a state file"):
+        with pytest.raises(UsageError, match=r"truncated|not a state file"):
             load_state(saved, SPEC, SHA)
 
 
@@ -81,7 +80,7 @@ def test_every_flipped_byte_is_refused_or_harmless(saved: Path) -> None:
     assert refused > 50
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(100), b"\x93NUMPY", os.urandom(64), b"{}" * 40])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(100), b"\x93NUMPY", bytes(range(192, 256)), b"{}" * 40])
 def test_foreign_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(content)
