@@ -35,7 +35,8 @@ def load_parameter(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dt
     lazy = checkpoint.tensors[source]
     tensor = lazy.load()
     if name.endswith(".A"):
-        tensor = -torch.exp(tensor.to(torch.promote_types(tensor.dtype, torch.float32)))
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        tensor = torch.where(torch.isfinite(wide), -torch.exp(wide), torch.nan)  # exp would hide an A_log of -inf
     result = tensor.reshape(shape).to(dtype).contiguous()
     if not bool(torch.isfinite(result).all()):
         if bool(torch.isfinite(tensor).all()):
