@@ -9,6 +9,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "perplexity": ("perplexity", "Measure perplexity of a bundle on a token file."),
     "build": ("build", "Build TensorRT engines of a bundle."),
     "plugin": ("plugin", "Build the TensorRT plugin library."),
+    "bench": ("bench", "Measure prefill and decode speed, and memory."),
+    "plan": ("plan", "Show what a model takes on a device, before anything runs."),
     "doctor": ("doctor", "Show versions, devices and what is missing."),
     "completion": ("completion", "Print a shell completion script."),
 }

@@ -90,7 +90,7 @@ class OrtRunner:
         return {name: make(array, self.device, 0) for name, array in arrays.items()}
 
     def state_to_numpy(self, state: StateValues) -> dict[str, NDArray[Any]]:
-        return {name: value.numpy() for name, value in state.items()}
+        return {name: np.array(value.numpy()) for name, value in state.items()}  # numpy() may be a view
 
     def prefill(
         self, input_ids: Ids, state: StateValues, seq_lens: NDArray[np.int32] | None = None

@@ -52,7 +52,9 @@ class OrtStepLoop:
         self._logits = np.zeros((batch, 1, vocab_size), np.float32)
         logits = make(self._logits, "cpu", 0)  # on the CPU an OrtValue shares the array's memory
         # The arrays behind CPU values must outlive them.
-        self._arrays = [{s.name: np.array(start[s.name].numpy()) for s in states} for _ in range(2)]
+        # numpy() may be a view of memory that dies with its OrtValue.
+        first = {s.name: np.array(start[s.name].numpy()) for s in states}
+        self._arrays = [first, {name: np.empty_like(array) for name, array in first.items()}]
         self._sets = [{name: make(array, device, 0) for name, array in side.items()} for side in self._arrays]
         self._bindings = [self._bind(logits, self._sets[i], self._sets[1 - i]) for i in range(2)]
         self._turn = 0

@@ -125,8 +125,8 @@ def test_one_state_serves_many_prompts(runner: OrtRunner) -> None:
     together = generate(runner, ["import sys\n", "def f(x):\n"], max_tokens=8, resume=kept)
     for row, prompt in zip(together.rows, ["import sys\n", "def f(x):\n"], strict=True):
         assert row.token_ids == generate(runner, prompt, max_tokens=8, resume=kept).token_ids
+    both = generate(runner, ["a", "b"], max_tokens=1, keep_state=True).snapshot
     with pytest.raises(UsageError, match="holds 2 rows, there are 3"):
-        both = generate(runner, ["a", "b"], max_tokens=1, keep_state=True).snapshot
         generate(runner, ["a", "b", "c"], resume=both)
 
 
