@@ -22,6 +22,7 @@ TITLES = {
     "export_memory": "(a) Export of a 2.8 B-parameter checkpoint",
     "cpu_decode": "(b), (d) One token and a prefill on the CPU",
     "prefill_scaling": "(c) Prefill of long sequences",
+    "decode_memory": "Decoding in little memory",
 }
 HEADER = "# Last results\n\nWritten by `benchmarks/results.py`: what each script printed, machine and date first.\n"
 BUSY = "**Preliminary: other jobs were running on this machine.**\n\n"
