@@ -288,7 +288,9 @@ def test_interrupt(sign: str, tmp_path: Path, root: Path) -> None:
     script = tmp_path / "slow.py"
     stage = {"trace": "trace prefill", "weights": "write weights"}[sign]
     script.write_text(
-        "import sys, time, contextlib\n"
+        "import sys, time, contextlib, signal\n"
+        # A test run in the background is started with Ctrl-C ignored, which its children inherit.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from mamba_export.commands.console import Console\n"
         "from mamba_export.main import main\n"
         "original = Console.stage\n"
@@ -305,7 +307,14 @@ def test_interrupt(sign: str, tmp_path: Path, root: Path) -> None:
     ready = tmp_path / "ready"
     command = [sys.executable, script, ready, "onnx", "--ckpt", ckpt, "-o", room / "out", "--no-verify"]
     env = {**os.environ, "PYTHONPATH": str(root)}
-    process = subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and children inherit that.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, previous)
     deadline = time.monotonic() + 120
     while not ready.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
