@@ -40,11 +40,10 @@ def busy() -> bool:
     return os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
 
 
-def run(script: str, cache: Path) -> str:
-    """Output of one script."""
+def run(script: str, cache: Path, note: str) -> str:
+    """Output of one script, after a note."""
     command = [sys.executable, str(FOLDER / f"{script}.py")]
     command += ["--folder" if script == "export_memory" else "--cache", str(cache)]
-    note = BUSY if busy() else ""
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return note + done.stdout.strip()
 
@@ -55,8 +54,9 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=peers.default_cache())
     options = parser.parse_args()
     options.cache.mkdir(parents=True, exist_ok=True)
+    note = BUSY if busy() else ""
     for script in options.scripts or TITLES:
-        output = run(script, options.cache)
+        output = run(script, options.cache, note)
         kept = {**sections(), script: output}
         body = [f"\n## {TITLES[name]}\n\n`benchmarks/{name}.py`\n\n{kept[name]}\n" for name in TITLES if name in kept]
         RESULTS.write_text(HEADER + "".join(body), encoding="utf-8")
