@@ -9,6 +9,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import onnxscript
+import torch
+from torch import Tensor
 
 from mamba_export.ops.builder import Builder, Flavour
 
@@ -56,6 +58,13 @@ class OpDef:
 def onnx_op(schema: onnx.defs.OpSchema) -> onnxscript.values.Op:
     """A callable that emits a node of ``schema`` while torch's exporter runs."""
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, VERSION), schema.name, schema)
+
+
+def fake_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, state: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Shapes and dtypes of what every scan and state update returns: y like x, the present state like the state."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
 
 
 _FLOAT_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]

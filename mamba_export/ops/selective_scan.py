@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mamba_export.ops.builder import Builder, static_dim
 from mamba_export.ops.masks import valid_mask, zero_padding
-from mamba_export.ops.opdef import Attributes, Inputs, OpDef, make_schema, onnx_op
+from mamba_export.ops.opdef import Attributes, Inputs, OpDef, fake_scan, make_schema, onnx_op
 
 INPUTS = {"u": "T", "delta": "T", "A": "S", "B": "T", "C": "T", "D": "S", "delta_bias": "S", "state": "S"}
 SCHEMA = make_schema(
@@ -96,22 +96,7 @@ def selective_scan(
     return selective_scan_reference(u, delta, A, B, C, D, delta_bias, state, z, seq_lens, delta_softplus, reverse)
 
 
-@selective_scan.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    state: Tensor,
-    z: Tensor | None,
-    seq_lens: Tensor | None,
-    delta_softplus: bool,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(state)
+selective_scan.register_fake(fake_scan)
 
 
 def _translate(

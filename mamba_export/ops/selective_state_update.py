@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_export.ops.builder import Builder
-from mamba_export.ops.opdef import Attributes, Inputs, OpDef, make_schema, onnx_op
+from mamba_export.ops.opdef import Attributes, Inputs, OpDef, fake_scan, make_schema, onnx_op
 from mamba_export.ops.selective_scan import INPUTS, ScanInputs, linear_attention, selective_scan_reference
 
 SCHEMA = make_schema(
@@ -46,20 +46,7 @@ def selective_state_update(
     return selective_scan_reference(u, delta, A, B, C, D, delta_bias, state, z, delta_softplus=delta_softplus)
 
 
-@selective_state_update.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    state: Tensor,
-    z: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(u, memory_format=torch.contiguous_format), torch.empty_like(state)
+selective_state_update.register_fake(fake_scan)
 
 
 def _translate(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mamba_export.ops.builder import Builder, static_dim
 from mamba_export.ops.masks import valid_mask, zero_padding
-from mamba_export.ops.opdef import Attributes, Inputs, OpDef, make_schema, onnx_op
+from mamba_export.ops.opdef import Attributes, Inputs, OpDef, fake_scan, make_schema, onnx_op
 
 INPUTS = {"x": "T", "dt": "T", "A": "S", "B": "T", "C": "T", "D": "S", "dt_bias": "S", "state": "S"}
 NO_LIMIT = float(torch.finfo(torch.float32).max)
@@ -105,24 +105,7 @@ def ssd_scan(
     return ssd_scan_reference(*(x, dt, A, B, C, D, dt_bias, state, z, seq_lens, dt_softplus, dt_min, dt_max, reverse))
 
 
-@ssd_scan.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    z: Tensor | None,
-    seq_lens: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
+ssd_scan.register_fake(fake_scan)
 
 
 def _translate(

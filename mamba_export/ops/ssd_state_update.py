@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_export.ops.builder import Builder
-from mamba_export.ops.opdef import Attributes, Inputs, OpDef, make_schema, onnx_op
+from mamba_export.ops.opdef import Attributes, Inputs, OpDef, fake_scan, make_schema, onnx_op
 from mamba_export.ops.ssd_scan import (
     INPUTS,
     NO_LIMIT,
@@ -53,22 +53,7 @@ def ssd_state_update(
     return ssd_scan_reference(x, dt, A, B, C, D, dt_bias, state, z, None, dt_softplus, dt_min, dt_max)
 
 
-@ssd_state_update.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    dt_bias: Tensor,
-    state: Tensor,
-    z: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(state)
+ssd_state_update.register_fake(fake_scan)
 
 
 def _translate(
