@@ -18,6 +18,11 @@ import mamba_export
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "checkpoints"
 
+# Asserts of modules that tests share explain themselves like those of tests.
+pytest.register_assert_rewrite(
+    "tests.checkpoint.refusal", "tests.cli.refusal", "tests.models.compare", "tests.ops.oracle"
+)
+
 # From a checkout that is not installed the rooms at the root join the package here, as cli.py does it.
 if importlib.util.find_spec("mamba_export.kernels") is None:
     mamba_export.__path__.append(str(ROOT))

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from tests.ops.samples import Sample
+from tests.ops.samples import Sample, run
 
 Array = np.ndarray[Any, Any]
 
@@ -99,3 +100,19 @@ def relative(found: Any, exact: Array, magnitude: Array) -> float:
     """The largest error in units of the size of the terms."""
     error = np.abs(np.asarray(found, np.float64) - exact)
     return float((error / (magnitude + 1e-30)).max(initial=0.0))
+
+
+def assert_closed_form(found: tuple[Any, Any], sample: Sample, y_limit: float, present_limit: float) -> None:
+    """``found``, y and the present state, is what the closed form gives, to limits in units of the terms' size."""
+    y, present, y_size, present_size = oracle(sample)
+    assert relative(found[0], y, y_size) < y_limit
+    assert relative(found[1], present, present_size) < present_limit
+
+
+def assert_ragged(found: tuple[Array, Array], sample: Sample, lens: Tensor) -> None:
+    """``found`` is what the torch op gives on poisoned rows of valid lengths ``lens``, with zeros at the padding."""
+    y, present = run(sample, lens)
+    np.testing.assert_allclose(found[0], y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found[1], present, rtol=1e-5, atol=1e-5)
+    for row, length in enumerate(lens.tolist()):
+        assert not found[0][row, length:].any(), "padding of y is zero"
