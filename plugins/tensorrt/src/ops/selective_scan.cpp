@@ -1,5 +1,6 @@
 #include "mamba/selective_scan.h"
 
+#include "ops/operands.h"
 #include "ops/specs.h"
 #include "scan_or_step.h"
 
@@ -25,16 +26,9 @@ class SelectiveScan final
   }
 
   void bind(const void* const* in, void* const* out) {
-    const bool gated = attributes_.flag("has_z");
-    p.u = in[0], p.delta = in[1], p.B = in[3], p.C = in[4];
-    p.A = static_cast<const float*>(in[2]);
-    p.D = static_cast<const float*>(in[5]);
+    bind_scan(p, attributes_, in, out);
+    p.u = in[0], p.delta = in[1];
     p.delta_bias = static_cast<const float*>(in[6]);
-    p.initial_state = static_cast<const float*>(in[7]);
-    p.z = gated ? in[8] : nullptr;
-    p.seq_lens = attributes_.flag("ragged") ? static_cast<const int32_t*>(in[gated ? 9 : 8]) : nullptr;
-    p.y = out[0];
-    p.final_state = static_cast<float*>(out[1]);
   }
 };
 

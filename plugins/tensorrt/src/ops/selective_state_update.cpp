@@ -1,5 +1,6 @@
 #include "mamba/selective_state_update.h"
 
+#include "ops/operands.h"
 #include "ops/specs.h"
 
 namespace mamba_plugin {
@@ -22,13 +23,9 @@ class SelectiveStateUpdate final
   }
 
   void bind(const void* const* in, void* const* out) {
-    p.u = in[0], p.delta = in[1], p.B = in[3], p.C = in[4];
-    p.A = static_cast<const float*>(in[2]);
-    p.D = static_cast<const float*>(in[5]);
+    bind_step(p, attributes_, in, out);
+    p.u = in[0], p.delta = in[1];
     p.delta_bias = static_cast<const float*>(in[6]);
-    p.state_in = in[7];
-    p.z = attributes_.flag("has_z") ? in[8] : nullptr;
-    p.y = out[0], p.state_out = out[1];
   }
 };
 

@@ -1,5 +1,6 @@
 #include "mamba/ssd_scan.h"
 
+#include "ops/operands.h"
 #include "ops/specs.h"
 #include "scan_or_step.h"
 
@@ -29,16 +30,9 @@ class SsdScan final : public KernelOf<SsdScan, mamba_ssd_scan_params, mamba_ssd_
   }
 
   void bind(const void* const* in, void* const* out) {
-    const bool gated = attributes_.flag("has_z");
-    p.x = in[0], p.dt = in[1], p.B = in[3], p.C = in[4];
-    p.A = static_cast<const float*>(in[2]);
-    p.D = static_cast<const float*>(in[5]);
+    bind_scan(p, attributes_, in, out);
+    p.x = in[0], p.dt = in[1];
     p.dt_bias = static_cast<const float*>(in[6]);
-    p.initial_state = static_cast<const float*>(in[7]);
-    p.z = gated ? in[8] : nullptr;
-    p.seq_lens = attributes_.flag("ragged") ? static_cast<const int32_t*>(in[gated ? 9 : 8]) : nullptr;
-    p.y = out[0];
-    p.final_state = static_cast<float*>(out[1]);
   }
 };
 

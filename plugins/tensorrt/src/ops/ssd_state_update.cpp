@@ -1,5 +1,6 @@
 #include "mamba/ssd_state_update.h"
 
+#include "ops/operands.h"
 #include "ops/specs.h"
 
 namespace mamba_plugin {
@@ -26,13 +27,9 @@ class SsdStateUpdate final
   }
 
   void bind(const void* const* in, void* const* out) {
-    p.x = in[0], p.dt = in[1], p.B = in[3], p.C = in[4];
-    p.A = static_cast<const float*>(in[2]);
-    p.D = static_cast<const float*>(in[5]);
+    bind_step(p, attributes_, in, out);
+    p.x = in[0], p.dt = in[1];
     p.dt_bias = static_cast<const float*>(in[6]);
-    p.state_in = in[7];
-    p.z = attributes_.flag("has_z") ? in[8] : nullptr;
-    p.y = out[0], p.state_out = out[1];
   }
 };
 
