@@ -1,4 +1,4 @@
-"""What a checkpoint or a bundle holds, as plain data."""
+"""What a checkpoint, a bundle or an engine holds, as plain data."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mamba_export.bundle import MANIFEST, Bundle
+from mamba_export.bundle import MANIFEST, Bundle, file_sha256
 from mamba_export.checkpoint import open_checkpoint
 from mamba_export.progress import Progress, silent
 
 
-def inspect(path: str | Path, *, format: str | None = None, progress: Progress = silent) -> dict[str, Any]:
+def inspect(
+    path: str | Path, *, format: str | None = None, plugin: str | Path | None = None, progress: Progress = silent
+) -> dict[str, Any]:
     """Describe what lies at ``path``.
 
     Args:
-        path: a bundle (its checksums are verified), or a checkpoint: folder, file or hub id.
+        path: a bundle (its checksums are verified), an engine (``.engine``), or a checkpoint: folder, file or hub id.
         format: of a checkpoint, when detection is not wanted.
+        plugin: plugin library of an engine, where one is needed to load it.
         progress: gets told what is being done.
 
     Returns:
-        A JSON-ready dict; ``kind`` says which of the two it is.
+        A JSON-ready dict; ``kind`` says which of the three it is. Of an engine: see
+        :func:`mamba_export.engine.describe_engine`.
 
     Raises:
         BundleError: the bundle is damaged.
@@ -28,6 +32,10 @@ def inspect(path: str | Path, *, format: str | None = None, progress: Progress =
     """
     if (Path(path) / MANIFEST).is_file():
         return _bundle(Path(path), progress)
+    if Path(path).suffix == ".engine":
+        from mamba_export.engine import describe_engine
+
+        return {"kind": "engine", **describe_engine(path, plugin)}
     with open_checkpoint(path, format) as checkpoint:
         tensors = [
             {"name": t.name, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.nbytes}
@@ -52,4 +60,8 @@ def _bundle(path: Path, progress: Progress) -> dict[str, Any]:
     size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     with progress.stage("checksum", total=size) as tick:
         bundle = Bundle(path, progress=tick)
-    return {"kind": "bundle", "path": str(path), "bytes": bundle.nbytes, **asdict(bundle.manifest)}
+    facts = {"kind": "bundle", "path": str(path), "bytes": bundle.nbytes, **asdict(bundle.manifest)}
+    for row in facts["engines"]:
+        engine = bundle.file(row["file"])
+        row["intact"] = engine.is_file() and file_sha256(engine) == row["sha256"]
+    return facts

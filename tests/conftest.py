@@ -104,3 +104,19 @@ def cli() -> Cli:
         )
 
     return run
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show the engines that this test run has built; tests tell of them with ``record_property("engine", …)``."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    facts = [
+        value
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == "engine"
+    ]
+    if facts:
+        terminalreporter.section("engines built")
+        for fact in sorted(map(str, facts)):
+            terminalreporter.write_line(fact)

@@ -3,7 +3,7 @@
 # Name → (module, one-line help). The modules are imported when their command runs, so that --help stays fast.
 COMMANDS: dict[str, tuple[str, str]] = {
     "onnx": ("onnx", "Export a checkpoint to a bundle of ONNX graphs: the main job."),
-    "inspect": ("inspect", "Show what a checkpoint or bundle holds."),
+    "inspect": ("inspect", "Show what a checkpoint, bundle or engine holds."),
     "verify": ("verify", "Compare a bundle with its checkpoint, output by output."),
     "generate": ("generate", "Write text with a bundle."),
     "perplexity": ("perplexity", "Measure perplexity of a bundle on a token file."),

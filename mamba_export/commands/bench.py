@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mamba_export.commands.console import Console, common_options, size
+from mamba_export.commands.console import Console, common_options, runtime_options, size, where
 
 if TYPE_CHECKING:
     from mamba_export.bench import Measurement
@@ -32,8 +32,7 @@ def _ints(_: click.Context, __: click.Parameter, value: str) -> list[int]:
 @click.option("-b", "--batch", "batches", default="1", callback=_ints, show_default=True, help="Rows.")
 @click.option("-r", "--repetitions", default=5, show_default=True, type=click.IntRange(1), help="Of each test.")
 @click.option("--chunk", default=512, show_default=True, type=click.IntRange(1), help="Longest piece of prefill.")
-@click.option("--runtime", type=click.Choice(["ort"]), default="ort", show_default=True, help="What runs it.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run.")
+@runtime_options
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @click.option("--low-memory", is_flag=True, help="Read weights where they lie in the file; slower steps.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV instead of a table.")
@@ -48,6 +47,7 @@ def command(
     repetitions: int,
     chunk: int,
     runtime: str,
+    plugin: str | None,
     device: str,
     threads: int | None,
     low_memory: bool,
@@ -69,9 +69,9 @@ def command(
     from mamba_export.runtime.generate import open_runner
 
     opened = Bundle(bundle, check=False)
-    runner = open_runner(opened, device, threads, low_memory)
+    runner = open_runner(opened, device, threads, low_memory, runtime, plugin)
     found = run_bench(runner, prompts, generations, batches, repetitions=repetitions, chunk=chunk, progress=console)
-    title = f"{bundle} · {opened.target.name} · {opened.manifest.dtype} · {runtime}, {device}"
+    title = f"{bundle} · {opened.target.name} · {opened.manifest.dtype} · {where(runtime, device)}"
     if as_csv and not console.as_json:
         _print_csv(found)
     else:

@@ -34,6 +34,25 @@ def common_options(function: F) -> F:
     return wrapped  # type: ignore[return-value]
 
 
+def runtime_options(function: F) -> F:
+    """--runtime, --plugin and --device: what runs a bundle, and where."""
+    names = ["ort", "tensorrt", "tensorrt-rtx"]
+    text = "What runs it: ONNX Runtime, or the engines in the bundle (mamba-export build)."
+    options = [
+        click.option("--runtime", type=click.Choice(names), default="ort", show_default=True, help=text),
+        click.option("--plugin", type=click.Path(), help="Engines: their plugin library; found when left out."),
+        click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of ort."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def where(runtime: str, device: str) -> str:
+    """What ran a bundle and where, for people."""
+    return f"{runtime}, {device}" if runtime == "ort" else runtime
+
+
 class Console:
     """Data goes to stdout, messages to stderr. With ``--json`` stdout holds one JSON object and nothing else."""
 

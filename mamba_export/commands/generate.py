@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mamba_export.commands.console import Console, common_options, size
+from mamba_export.commands.console import Console, common_options, runtime_options, size
 from mamba_export.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--low-memory", is_flag=True, help="Read weights where they lie in the file; slower steps.")
 @click.option("--save-state", type=click.Path(), help="Keep the conversation in this file.")
 @click.option("--load-state", type=click.Path(), help="Go on from a file of --save-state.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run.")
+@runtime_options
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.")
 @common_options
 def command(
@@ -48,6 +48,8 @@ def command(
     echo: bool,
     save_state: str | None,
     load_state: str | None,
+    runtime: str,
+    plugin: str | None,
     device: str,
     threads: int | None,
     low_memory: bool,
@@ -76,7 +78,7 @@ def command(
     if not texts and resume is None:
         texts = [_read_prompt("-")]
     run = stream(
-        open_runner(opened, device, threads, low_memory or options["step_only"]),
+        open_runner(opened, device, threads, low_memory or options["step_only"], runtime, plugin),
         texts,
         sampling=sampling,
         resume=resume,

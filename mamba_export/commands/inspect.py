@@ -10,22 +10,30 @@ from mamba_export.checkpoint import FORMATS
 from mamba_export.commands.console import Console, common_options, count, size
 
 
-@click.command("inspect", short_help="Show what a checkpoint or bundle holds.")
+@click.command("inspect", short_help="Show what a checkpoint, bundle or engine holds.")
 @click.argument("path")
 @click.option("--format", "format_", type=click.Choice(FORMATS), help="Of a checkpoint; detected when left out.")
+@click.option("--plugin", type=click.Path(), help="Of an engine: the plugin library that it needs to be loaded.")
 @common_options
-def command(console: Console, path: str, format_: str | None) -> None:
-    """Show what a checkpoint or bundle holds; a bundle's checksums are verified.
+def command(console: Console, path: str, format_: str | None, plugin: str | None) -> None:
+    """Show what a checkpoint, bundle or engine holds; a bundle's checksums are verified.
+
+    Of an engine: what the bundle's manifest knows of it and, where TensorRT can load it here, its bindings, layers and
+    memory.
 
     \b
     Examples:
       mamba-export inspect mamba1-tiny
       mamba-export inspect out/tiny
       mamba-export inspect out/tiny --json
+      mamba-export inspect out/tiny/engines/step-tensorrt-sm87.engine -v
     """
     from mamba_export.inspection import inspect
 
-    facts = inspect(path, format=format_, progress=console)
+    facts = inspect(path, format=format_, plugin=plugin, progress=console)
+    if facts["kind"] == "engine":
+        _print_engine(facts, console)
+        return console.result(facts)
     rows = _checkpoint_rows(facts) if facts["kind"] == "checkpoint" else _bundle_rows(facts)
     console.table("", ["", ""], [*rows, *_spec_rows(facts["spec"])], stdout=True)
     if facts["kind"] == "checkpoint" and console.verbose:
@@ -35,7 +43,68 @@ def command(console: Console, path: str, format_: str | None) -> None:
         console.table("\nstates", ["input", "output", "shape", "dtype"], _state_rows(facts, console), stdout=True)
         files = [[name, size(entry["bytes"]), entry["sha256"][:16]] for name, entry in facts["files"].items()]
         console.table("\nfiles", ["name", "size", "sha256 ✓"], files, stdout=True)
+        if facts["engines"]:
+            columns = ["engine", "size", "profiles", "GPUs", "built by", "sha256"]
+            console.table("\nengines", columns, [_engine_row(row) for row in facts["engines"]], stdout=True)
     console.result(facts)
+
+
+def _engine_row(row: dict[str, Any]) -> list[str]:
+    gpus, checked = " ".join(f"sm_{sm}" for sm in row["compute_capabilities"]), "✓" if row["intact"] else "✗ CHANGED"
+    profiles = "; ".join(map(_profile, row["profiles"]))
+    made = f"{row['runtime']} {row['version']}"
+    return [row["file"], size(row["bytes"]), profiles, gpus, made, f"{row['sha256'][:16]} {checked}"]
+
+
+def _profile(profile: dict[str, Any]) -> str:
+    rows, tokens = (",".join(map(str, profile[axis])) for axis in ("batch", "seq"))
+    return f"{profile['name']} {rows} × {tokens}"
+
+
+def _print_engine(facts: dict[str, Any], console: Console) -> None:
+    """What the manifest knows, then what TensorRT says."""
+    row, loaded = facts["manifest"], facts["loaded"]
+    rows = [["engine", f"{facts['file']} · {size(facts['bytes'])}"]]
+    if row is None:
+        rows.append(["manifest", "none beside it speaks of this file"])
+    else:
+        plugin = row["plugin"] and f"{row['plugin']['file']} · sha256 {row['plugin']['sha256'][:16]}"
+        kinds = sorted(row["layers"].items(), key=lambda item: -item[1])
+        shown = kinds if console.verbose else kinds[:6]
+        network = " · ".join(
+            [*(f"{number} {kind}" for kind, number in shown), *(["…"] if len(kinds) > len(shown) else [])]
+        )
+        rows += [
+            ["built by", f"{row['runtime']} {row['version']} in {row['seconds']} s"],
+            ["for", " ".join(f"sm_{sm}" for sm in row["compute_capabilities"])],
+            ["profiles", "; ".join(map(_profile, row["profiles"]))],
+            ["network", network],
+            ["plugins", plugin or "none: function bodies"],
+            ["sha256", f"{row['sha256'][:16]} {'✓' if facts['intact'] else '✗ the file was changed'}"],
+        ]
+    if loaded is None:
+        rows.append(["not loaded", facts["not_loaded"]])
+    else:
+        rows.append(["loaded by", f"{loaded['runtime']} {loaded['version']}"])
+        rows.append(["layers", f"{loaded['layers']} · {loaded['profiles']} profiles"])
+        rows.append(["memory", f"{size(loaded['device_memory'])} of scratch memory"])
+    console.table("", ["", ""], rows, stdout=True)
+    if loaded is not None:
+        _print_loaded(loaded, console)
+
+
+def _print_loaded(loaded: dict[str, Any], console: Console) -> None:
+    """Bindings and layers as TensorRT tells them."""
+    shown = loaded["bindings"] if console.verbose else loaded["bindings"][:6]
+    bindings = [[b["name"], b["mode"].lower(), b["dtype"], ", ".join(map(str, b["shape"]))] for b in shown]
+    left = len(loaded["bindings"]) - len(shown)
+    bindings += [[f"… and {left} more (-v)", "", "", ""]] if left else []
+    console.table("\nbindings", ["tensor", "", "type", "shape"], bindings, stdout=True)
+    if console.verbose:
+        information = loaded["layer_information"].get("Layers", [])
+        layers = [layer if isinstance(layer, dict) else {"Name": layer} for layer in information]
+        rows = [[layer.get("Name", ""), layer.get("LayerType", "")] for layer in layers]
+        console.table("\nlayers", ["name", "type"], rows, stdout=True)
 
 
 def _checkpoint_rows(facts: dict[str, Any]) -> list[list[str]]:

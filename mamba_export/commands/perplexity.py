@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from mamba_export.commands.console import Console, common_options
+from mamba_export.commands.console import Console, common_options, runtime_options
 
 
 @click.command("perplexity", short_help="Measure perplexity of a bundle on a token file.")
@@ -16,7 +16,7 @@ from mamba_export.commands.console import Console, common_options
 @click.option("--limit", type=click.IntRange(1), help="Use the first windows only.")
 @click.option("--stream", is_flag=True, help="Run the file as one sequence, in pieces.")
 @click.option("--ckpt", help="Compare with this checkpoint: KL divergence and top-1 agreement.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@runtime_options
 @common_options
 def command(console: Console, bundle: str, **options: Any) -> None:
     """Measure how well a bundle predicts text.

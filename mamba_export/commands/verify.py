@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import click
 
-from mamba_export.commands.console import Console, common_options
+from mamba_export.commands.console import Console, common_options, runtime_options
 
 
 @click.command("verify", short_help="Compare a bundle with its checkpoint, output by output.")
 @click.argument("bundle", type=click.Path())
 @click.option("--ckpt", required=True, help="The checkpoint the bundle was made from.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@runtime_options
 @common_options
-def command(console: Console, bundle: str, ckpt: str, device: str) -> None:
+def command(console: Console, bundle: str, ckpt: str, runtime: str, plugin: str | None, device: str) -> None:
     """Compare a bundle with the torch model on the checkpoint's weights.
 
     Prefill logits, every state, 32 steps with given tokens, and a prompt cut at random points; with --ragged bundles
-    also rows of different lengths. Exit code 4 when an output is out of tolerance; -v lists every output.
+    also rows of different lengths. With --runtime tensorrt the bundle's engines, ONNX Runtime and torch are compared
+    with each other. Exit code 4 when an output is out of tolerance; -v lists every output.
 
     \b
     Examples:
@@ -25,7 +26,7 @@ def command(console: Console, bundle: str, ckpt: str, device: str) -> None:
     """
     from mamba_export.verification import verify
 
-    report = verify(bundle, ckpt, device=device, progress=console)
+    report = verify(bundle, ckpt, device=device, runtime=runtime, plugin=plugin, progress=console)
     errors = report.errors if console.verbose else _worst_per_kind(report.errors)
     rows = [[e.scenario, e.output, f"{e.max_abs:.1e}", f"{e.relative:.1e}", "✓" if e.ok else "✗"] for e in errors]
     console.table("", ["scenario", "output", "max|Δ|", "relative", ""], rows, stdout=True)

@@ -79,8 +79,12 @@ class Backend:
         _loaded.add((self.name, library.resolve()))
 
 
-def load_backend(name: str) -> Backend:
+def load_backend(name: str, purpose: str = "building engines") -> Backend:
     """Import ``tensorrt`` or ``tensorrt_rtx``.
+
+    Args:
+        name: of the runtime.
+        purpose: what needs it, for the message when it is missing.
 
     Raises:
         UsageError: no such runtime.
@@ -90,7 +94,7 @@ def load_backend(name: str) -> Backend:
     if name not in RUNTIMES:
         raise UsageError(f"no runtime named '{name}'", f"one of: {', '.join(RUNTIMES)}")
     module, extra = ("tensorrt", "tensorrt") if name == "tensorrt" else ("tensorrt_rtx", "rtx")
-    require(module, extra=extra, purpose=f"building {name} engines")
+    require(module, extra=extra, purpose=f"{purpose} with {name}")
     try:
         return Backend(name, importlib.import_module(module))
     except (ImportError, OSError) as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mamba_export.bundle import PREFILL, STEP, Bundle, file_sha256
+from mamba_export.bundle import PREFILL, STEP, WEIGHTS, Bundle, file_sha256
 from mamba_export.engine.backend import Backend, RuntimeName, cache_folder, load_backend
 from mamba_export.engine.device import Device, find_device
 from mamba_export.engine.profiles import DEFAULT_BATCH, DEFAULT_SEQ, ONE, Profile, Range
@@ -108,6 +108,8 @@ def build_engines(
         entry = job.entry(name, data, time.monotonic() - started)
         bundle.manifest.engines = [e for e in bundle.manifest.engines if e["file"] != name] + [entry]
         bundle.save_manifest()
+        if options.plugin is not None:  # so that the bundle has all it needs
+            _write(bundle.file(f"{ENGINES}/{options.plugin.name}"), options.plugin.read_bytes())
         result.engines.append(entry)
         result.warnings += job.logger.warnings
     return result
@@ -251,7 +253,8 @@ class _Job:
         """The row of the manifest's engine table."""
         path = self.bundle.file(name)
         plugin = self.options.plugin
-        source = {graph: self.bundle.manifest.files[graph]["sha256"] for graph in (self.plan.graph, "weights.bin")}
+        files = self.bundle.manifest.files
+        source = {name: files[name]["sha256"] for name in (self.plan.graph, WEIGHTS) if name in files}
         return {
             "file": name,
             "kind": self.plan.kind,

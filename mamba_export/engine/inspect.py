@@ -36,7 +36,7 @@ def describe_engine(path: str | Path, plugin: str | Path | None = None) -> dict[
     facts["intact"] = row is not None and file_sha256(path) == row["sha256"]
     facts["loaded"], facts["not_loaded"] = None, None
     try:
-        facts["loaded"] = _load(path, row["runtime"] if row else None, plugin)
+        facts["loaded"] = _load(path, row, plugin)
     except MambaExportError as error:
         facts["not_loaded"] = str(error)
     return facts
@@ -51,16 +51,25 @@ def _manifest_row(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _load(path: Path, runtime: str | None, plugin: str | Path | None) -> dict[str, Any]:
+def _plugin(path: Path, row: dict[str, Any] | None, named: str | Path | None) -> Path | None:
+    """The library named, or the one that lies beside an engine that needs one."""
+    if named is not None:
+        return Path(named)
+    beside = path.with_name(row["plugin"]["file"]) if row and row["plugin"] else None
+    return beside if beside is not None and beside.is_file() else None
+
+
+def _load(path: Path, row: dict[str, Any] | None, plugin: str | Path | None) -> dict[str, Any]:
     """Raises EnvironmentProblem when no TensorRT here can load the engine."""
     if find_device() is None:
         raise EnvironmentProblem("there is no NVIDIA GPU here")
     reasons = []
-    for name in [runtime] if runtime else RUNTIMES:
+    for name in [row["runtime"]] if row else RUNTIMES:
         try:
-            backend = load_backend(name)
-            if plugin is not None:
-                backend.load_plugins(Path(plugin))
+            backend = load_backend(name, "looking into engines")
+            library = _plugin(path, row, plugin)
+            if library is not None:
+                backend.load_plugins(library)
         except MambaExportError as error:
             reasons.append(str(error))
             continue

@@ -98,12 +98,31 @@ def stream(
 
 
 def open_runner(
-    model: str | Path | Bundle, device: str = "cpu", threads: int | None = None, low_memory: bool = False
+    model: str | Path | Bundle,
+    device: str = "cpu",
+    threads: int | None = None,
+    low_memory: bool = False,
+    runtime: str = "ort",
+    plugin: str | Path | None = None,
 ) -> Runner:
-    """A bundle in ONNX Runtime, ready to run; see :class:`mamba_export.runtime.ort.OrtRunner`."""
+    """A bundle ready to run.
+
+    Args:
+        model: a bundle or its path.
+        device: of ONNX Runtime: ``cpu`` or ``cuda``.
+        threads: of ONNX Runtime on the CPU.
+        low_memory: of ONNX Runtime; see :class:`mamba_export.runtime.ort.OrtRunner`.
+        runtime: ``ort``; or ``tensorrt`` or ``tensorrt-rtx`` for the engines in the bundle, which run on a GPU.
+        plugin: plugin library of the engines; see :class:`mamba_export.runtime.trt.TrtRunner`.
+    """
+    opened = model if isinstance(model, Bundle) else Bundle(model)
+    if runtime != "ort":
+        from mamba_export.runtime.trt import TrtRunner
+
+        return TrtRunner(opened, runtime, plugin)
     from mamba_export.runtime.ort import OrtRunner
 
-    return OrtRunner(model if isinstance(model, Bundle) else Bundle(model), device, threads, low_memory=low_memory)
+    return OrtRunner(opened, device, threads, low_memory=low_memory)
 
 
 def _tokenizer_of(runner: Runner) -> Tokenizer | None:

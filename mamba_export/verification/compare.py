@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mamba_export.runtime.base import Runner
 from mamba_export.verification.report import TOLERANCES, OutputError, VerificationReport
 
 STEPS = 32
+_ORACLE = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class Scenario:
             return logits[:, -1:]
         return np.take_along_axis(logits, (self.seq_lens - 1).astype(np.int64)[:, None, None], axis=1)
 
+    def of_rows(self, count: int) -> Scenario:
+        """The first ``count`` rows alone."""
+        lens = None if self.seq_lens is None else self.seq_lens[:count]
+        return replace(self, ids=self.ids[:count], step_ids=self.step_ids[:count], seq_lens=lens)
+
 
 def make_scenarios(vocab_size: int, ragged: bool, seed: int = 0) -> list[Scenario]:
     """The scenarios of every verification, on random tokens."""
@@ -94,14 +100,25 @@ def make_scenarios(vocab_size: int, ragged: bool, seed: int = 0) -> list[Scenari
 
 
 def verify(
-    bundle: str | Path | Bundle, ckpt: str | Path, *, device: str = "cpu", progress: Progress = silent
+    bundle: str | Path | Bundle,
+    ckpt: str | Path,
+    *,
+    device: str = "cpu",
+    runtime: str = "ort",
+    plugin: str | Path | None = None,
+    progress: Progress = silent,
 ) -> VerificationReport:
-    """Compare the bundle at ``bundle`` with the checkpoint at ``ckpt`` in ONNX Runtime.
+    """Compare the bundle at ``bundle`` with the checkpoint at ``ckpt``.
+
+    In ONNX Runtime; or, with ``runtime`` ``tensorrt`` or ``tensorrt-rtx``, its engines with the checkpoint, ONNX
+    Runtime on the CPU with the checkpoint, and the engines with ONNX Runtime.
 
     Args:
         bundle: folder of the bundle, or an open one.
         ckpt: folder, file or hub id of the checkpoint it was made from.
-        device: ``cpu`` or ``cuda``.
+        device: of ONNX Runtime: ``cpu`` or ``cuda``.
+        runtime: ``ort``, ``tensorrt`` or ``tensorrt-rtx``.
+        plugin: plugin library of the engines.
         progress: gets told what is being done.
 
     Returns:
@@ -119,17 +136,32 @@ def verify(
                 f"{ckpt} is not the checkpoint of this bundle: {', '.join(changed)} differ",
                 f"the bundle was made from '{opened.manifest.checkpoint.get('name')}'",
             )
-        return verify_bundle(opened, checkpoint, device=device, progress=progress)
+        return verify_bundle(opened, checkpoint, device=device, runtime=runtime, plugin=plugin, progress=progress)
 
 
 def verify_bundle(
-    bundle: Bundle, checkpoint: Checkpoint, *, device: str = "cpu", progress: Progress = silent
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    *,
+    device: str = "cpu",
+    runtime: str = "ort",
+    plugin: str | Path | None = None,
+    progress: Progress = silent,
 ) -> VerificationReport:
     """:func:`verify` on things already open."""
     require("polygraphy", "onnxruntime", extra="export", purpose="verify")
     from mamba_export.runtime.ort import OrtRunner
 
     threads = _threads(checkpoint.n_parameters)
+    if runtime != "ort":
+        from mamba_export.runtime.trt import TrtRunner
+
+        both: dict[str, Runner] = {
+            "": TrtRunner(bundle, runtime, plugin),
+            "ONNX Runtime: ": OrtRunner(bundle, "cpu", threads),
+        }
+        mutual = {"against ONNX Runtime: ": ("", "ONNX Runtime: ")}
+        return compare_with_checkpoint(both, f"{runtime} and ONNX Runtime", bundle, checkpoint, progress, mutual)
     runners: dict[str, Runner] = {"": OrtRunner(bundle, device, threads)}
     if bundle.graph(PREFILL, device) != bundle.file(PREFILL):
         runners["standard graphs: "] = OrtRunner(bundle, device, threads, suited=False)
@@ -142,8 +174,9 @@ def compare_with_checkpoint(
     bundle: Bundle,
     checkpoint: Checkpoint,
     progress: Progress = silent,
+    mutual: Mapping[str, tuple[str, str]] | None = None,
 ) -> VerificationReport:
-    """Run every scenario through the bundle's runner and through torch, and compare.
+    """Run every scenario through the bundle's runners and through torch, and compare.
 
     Args:
         runners: whatever runs the bundle; several under a prefix that names each in the report.
@@ -151,24 +184,29 @@ def compare_with_checkpoint(
         bundle: tells dtype, layout and whether rows may be ragged.
         checkpoint: the truth.
         progress: gets told what is being done.
+        mutual: further comparisons: their prefix in the report → the prefixes of two runners.
     """
     from mamba_export.runtime.torch_runner import TorchRunner
-    from mamba_export.verification.polygraphy_runner import run_both
+    from mamba_export.verification.polygraphy_runner import compare_walks
 
     runners = runners if isinstance(runners, dict) else {"": runners}
-    scenarios = make_scenarios(bundle.spec.vocab_size, bundle.manifest.ragged)
+    rows = min(getattr(runner, "max_batch", 1 << 30) for runner in runners.values())
+    scenarios = [s.of_rows(rows) for s in make_scenarios(bundle.spec.vocab_size, bundle.manifest.ragged)]
     report = VerificationReport(runtime, bundle.manifest.dtype)
     tolerance = TOLERANCES[bundle.manifest.dtype]
-    with progress.stage("verify", total=len(runners) * len(scenarios)) as tick, _torch_threads(checkpoint.n_parameters):
+    pairs = {prefix: (prefix, _ORACLE) for prefix in runners} | dict(mutual or {})
+    with progress.stage("verify", total=len(scenarios)) as tick, _torch_threads(checkpoint.n_parameters):
         oracle = TorchRunner(checkpoint, bundle.manifest.dtype, "fp32", bundle.target.ssm_layout)
         for scenario in scenarios:
-            for prefix, runner in runners.items():
-                found, wanted = run_both(scenario, runner, oracle)
-                tick(1)
-                for name, reference in wanted.items():
-                    report.errors.append(
-                        OutputError.of(prefix + scenario.name, name, found[name], reference, tolerance)
-                    )
+
+            def judge(
+                prefix: str, name: str, found: NDArray[Any], wanted: NDArray[Any], walk: str = scenario.name
+            ) -> bool:
+                report.errors.append(OutputError.of(prefix + walk, name, found, wanted, tolerance))
+                return report.errors[-1].ok
+
+            compare_walks(scenario, {**runners, _ORACLE: oracle}, pairs, judge)
+            tick(1)
     return report
 
 

@@ -58,9 +58,11 @@ def perplexity(
     stream: bool = False,
     ckpt: str | Path | None = None,
     device: str = "cpu",
+    runtime: str = "ort",
+    plugin: str | Path | None = None,
     progress: Progress = silent,
 ) -> PerplexityReport:
-    """Perplexity of the bundle on ``data``, through ONNX Runtime.
+    """Perplexity of the bundle on ``data``.
 
     Args:
         bundle: folder of the bundle, or an open one.
@@ -69,13 +71,15 @@ def perplexity(
         limit: use the first windows only (with ``stream``: the first ``limit * window`` tokens).
         stream: run the data as one sequence in pieces, carrying the state.
         ckpt: also compare with this checkpoint in torch: KL divergence and top-1 agreement.
-        device: ``cpu`` or ``cuda``.
+        device: of ONNX Runtime: ``cpu`` or ``cuda``.
+        runtime: ``ort``, ``tensorrt`` or ``tensorrt-rtx``.
+        plugin: plugin library of the engines.
         progress: gets told what is being done.
 
     Raises:
         UsageError: the data does not fit the bundle.
     """
-    from mamba_export.runtime.ort import OrtRunner
+    from mamba_export.runtime.generate import open_runner
 
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     tokenizer = opened.file(TOKENIZER)
@@ -86,7 +90,7 @@ def perplexity(
             raise UsageError("one token predicts nothing", "give at least two tokens")
     else:
         rows = cut_windows(tokens, window, limit)
-    runner = OrtRunner(opened, device)
+    runner = open_runner(opened, device, runtime=runtime, plugin=plugin)
     if ckpt is None:
         return measure(runner, rows, opened.manifest.logits, None, progress)
     require("torch", extra="export", purpose="perplexity --ckpt")
@@ -112,8 +116,9 @@ def measure(
     """
     total = _Sums()
     with progress.stage("perplexity", total=rows.shape[0] * (rows.shape[1] - 1)) as tick:
-        for start in range(0, rows.shape[0], _ROWS):
-            batch = rows[start : start + _ROWS]
+        together = min(_ROWS, getattr(runner, "max_batch", _ROWS))
+        for start in range(0, rows.shape[0], together):
+            batch = rows[start : start + together]
             nll = np.zeros(batch.shape[0])
             other = walk(reference, batch, "all") if reference is not None else None
             for piece, found in walk(runner, batch, logits):

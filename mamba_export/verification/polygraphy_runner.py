@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,10 +43,30 @@ class WalkRunner(BaseRunner):  # type: ignore[misc]
         return outputs
 
 
-def run_both(walk: Walk, runner: Runner, oracle: Runner) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The outputs of ``walk`` by runner and by oracle, through Polygraphy's comparator."""
-    with G_LOGGER.verbosity(G_LOGGER.ERROR):
-        pair = [WalkRunner("bundle", runner, walk), WalkRunner("checkpoint", oracle, walk)]
-        results = Comparator.run(pair, data_loader=[{"input_ids": walk.ids}])
-    found, wanted = (results[name][0] for name in ("bundle", "checkpoint"))
-    return dict(found), dict(wanted)
+def compare_walks(
+    walk: Walk,
+    runners: Mapping[str, Runner],
+    pairs: Mapping[str, tuple[str, str]],
+    judge: Callable[[str, str, NDArray[Any], NDArray[Any]], bool],
+) -> None:
+    """Run ``walk`` on every runner and compare pairs of them, by Polygraphy's comparator.
+
+    Args:
+        walk: what is run.
+        runners: name → runner.
+        pairs: what a comparison is called → names of the runner and of its reference.
+        judge: called with the names of comparison and output, what was found and the reference; says if it passes.
+    """
+    order = list(runners)
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):  # it is the judge who reports
+        inner = [WalkRunner(name or "bundle", runner, walk) for name, runner in runners.items()]
+        results = Comparator.run(inner, data_loader=[{"input_ids": walk.ids}])
+        for title, (found, wanted) in pairs.items():
+
+            def compare(
+                found: Mapping[str, Any], wanted: Mapping[str, Any], title: str = title
+            ) -> OrderedDict[str, bool]:
+                return OrderedDict((name, judge(title, name, found[name], wanted[name])) for name in wanted)
+
+            indices = [(order.index(found), order.index(wanted))]
+            Comparator.compare_accuracy(results, comparisons=indices, compare_func=compare)

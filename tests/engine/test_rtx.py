@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mamba_export.bundle import Bundle, file_sha256
-from mamba_export.engine import BuildOptions, PluginLibrary, Range, build_engines, build_plugin, describe_engine
+from mamba_export.engine import BuildOptions, BuildResult, PluginLibrary, Range, build_engines, describe_engine
 from mamba_export.engine.device import find_device
 from mamba_export.errors import EnvironmentProblem, OutputExistsError, UsageError
 from mamba_export.extras import available
+from tests.engine.conftest import CopyBundle
 
 if not available("tensorrt_rtx"):
     pytest.skip(
@@ -24,35 +27,46 @@ if not available("tensorrt_rtx"):
 
 SM = ("86", "89", "120")
 CHECKPOINTS = ["mamba1-tiny", "mamba1-small", "mamba2-small"]
-CopyBundle = Callable[..., Bundle]
 
 
 def options(**changes: Any) -> BuildOptions:
     return BuildOptions(**{"runtime": "tensorrt-rtx", "sm": SM, "seq": Range(1, 64, 512), **changes})
 
 
-@pytest.fixture(scope="session")
-def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PluginLibrary]:
-    """The plugin library for sm_86; skips where CUDA's compiler or TensorRT's headers are missing."""
-    if find_device() is None and not os.environ.get("TENSORRT_ROOT"):
-        pytest.skip("NOT TESTED: the plugin library; set TENSORRT_ROOT to a folder with TensorRT's headers")
-    try:
-        yield build_plugin(["sm_86"])
-    except EnvironmentProblem as error:
-        if "not found" not in str(error):
-            raise
-        pytest.skip(f"NOT TESTED: the plugin library; {error}")
+Built = Callable[[str, BuildResult], None]
+
+
+@pytest.fixture
+def show(record_property: Callable[[str, object], None]) -> Built:
+    """``show(checkpoint, result)``: engines for the summary at the end of the test run."""
+
+    def show(checkpoint: str, result: BuildResult) -> None:
+        for row in result.engines:
+            plugins = row["layers"].get("PLUGIN_V3", 0)
+            through = f"{plugins} plugin layers" if plugins else "function bodies"
+            gpus = " ".join(f"sm_{sm}" for sm in row["compute_capabilities"])
+            size = f"{row['bytes'] / 1e6:.1f} MB, {row['seconds']} s"
+            record_property("engine", f"{checkpoint:<13} {row['kind']:<8} {gpus} · {through} · {size}")
+
+    return show
+
+
+@pytest.fixture
+def find_checkpoint(tiny_checkpoint: Path, shared_checkpoint: Callable[[str], Path]) -> Callable[[str], Path]:
+    """``find_checkpoint(name)``: its folder. The small one is in the repository; tests of the others skip."""
+    return lambda name: tiny_checkpoint if name == tiny_checkpoint.name else shared_checkpoint(name)
 
 
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_every_checkpoint_builds_through_its_function_bodies(
-    checkpoint: str, shared_checkpoint: Callable[[str], Path], copy_bundle: CopyBundle
+    checkpoint: str, find_checkpoint: Callable[[str], Path], copy_bundle: CopyBundle, show: Built
 ) -> None:
-    bundle = copy_bundle(ckpt=shared_checkpoint(checkpoint))
+    bundle = copy_bundle(ckpt=find_checkpoint(checkpoint))
     result = build_engines(bundle, options())
+    show(checkpoint, result)
     assert [entry["kind"] for entry in result.engines] == ["prefill", "step"]
     for entry in result.engines:
-        print(f"{checkpoint} {entry['file']} {entry['bytes']} bytes, {entry['seconds']} s")
+        assert entry["compute_capabilities"] == list(SM)
         assert entry["bytes"] > 1_000_000
         assert "PLUGIN_V3" not in entry["layers"]
     assert result.engines[0]["layers"]["RECURRENCE"] == bundle.spec.n_layer  # one scan a layer
@@ -62,15 +76,20 @@ def test_every_checkpoint_builds_through_its_function_bodies(
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_every_checkpoint_builds_through_the_plugin_library(
-    checkpoint: str, shared_checkpoint: Callable[[str], Path], copy_bundle: CopyBundle, plugin: PluginLibrary
+    checkpoint: str,
+    find_checkpoint: Callable[[str], Path],
+    copy_bundle: CopyBundle,
+    plugin: PluginLibrary,
+    show: Built,
 ) -> None:
-    bundle = copy_bundle(ckpt=shared_checkpoint(checkpoint))
+    bundle = copy_bundle(ckpt=find_checkpoint(checkpoint))
     result = build_engines(bundle, options(plugin=Path(plugin.path)))
+    show(checkpoint, result)
     for entry in result.engines:
-        print(f"{checkpoint} {entry['file']} {entry['bytes']} bytes, {entry['seconds']} s")
         assert entry["layers"]["PLUGIN_V3"] == 2 * bundle.spec.n_layer  # convolution and scan
         assert "RECURRENCE" not in entry["layers"]
         assert entry["plugin"] == {"file": "libmamba_plugins.so", "sha256": file_sha256(Path(plugin.path))}
+    assert file_sha256(bundle.file("engines/libmamba_plugins.so")) == file_sha256(Path(plugin.path))
 
 
 def test_the_manifest_knows_the_engines(copy_bundle: CopyBundle) -> None:
@@ -105,6 +124,51 @@ def test_one_engine_with_two_profiles(copy_bundle: CopyBundle) -> None:
     (entry,) = build_engines(bundle, options(sm=("120",), single_engine=True, batch=Range.parse("1"))).engines
     assert entry["kind"] == "model"
     assert [profile["seq"] for profile in entry["profiles"]] == [[1, 64, 512], [1, 1, 1]]
+    engine, weights = bundle.file(entry["file"]).read_bytes(), bundle.file("weights.bin").read_bytes()
+    for name, (start, length) in large_weights(bundle).items():
+        piece = weights[start + length // 2 : start + length // 2 + 64]
+        assert engine.count(piece) == 1, f"{name} is not there just once"
+
+
+def large_weights(bundle: Bundle) -> dict[str, tuple[int, int]]:
+    """Where matrices lie in weights.bin: name → (offset, bytes)."""
+    onnx = pytest.importorskip("onnx")
+    model = onnx.load(bundle.file("prefill.onnx"), load_external_data=False)
+    found = {}
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if int(where.get("length", 0)) > 50_000:
+            found[tensor.name] = (int(where.get("offset", 0)), int(where["length"]))
+    assert len(found) >= 2 * bundle.spec.n_layer
+    return found
+
+
+def test_ctrl_c_cancels_a_build_and_leaves_nothing(copy_bundle: CopyBundle) -> None:
+    """The builder itself says when it is at work: the signal comes at its first sign of progress."""
+    bundle = copy_bundle()
+    script = """
+import contextlib, os, signal, sys
+from mamba_export.bundle import Bundle
+from mamba_export.engine import BuildOptions, build_engines
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+class Interrupts:
+    @contextlib.contextmanager
+    def stage(self, name, total=None):
+        yield lambda done: os.kill(os.getpid(), signal.SIGINT)
+
+try:
+    options = BuildOptions(runtime="tensorrt-rtx", sm=("86", "89", "120"))
+    build_engines(Bundle(sys.argv[1]), options, progress=Interrupts())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    command = [sys.executable, "-c", script, str(bundle.path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode in (130, -signal.SIGINT), done.stderr
+    assert not bundle.file("engines").exists()
+    assert Bundle(bundle.path).manifest.engines == []
 
 
 def test_engines_are_replaced_only_by_force(copy_bundle: CopyBundle) -> None:
