@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mamba_export.states import State, state_table
     from mamba_export.verification import verify
     from mamba_export.verification.perplexity import perplexity
+    from mamba_export.verification.quality import quality
 
 _HOMES = {
     "Bundle": "mamba_export.bundle",
@@ -41,6 +42,7 @@ _HOMES = {
     "inspect": "mamba_export.inspection",
     "open_checkpoint": "mamba_export.checkpoint",
     "perplexity": "mamba_export.verification.perplexity",
+    "quality": "mamba_export.verification.quality",
     "state_table": "mamba_export.states",
     "stream": "mamba_export.runtime.generate",
     "verify": "mamba_export.verification",
@@ -62,6 +64,7 @@ __all__ = [
     "inspect",
     "open_checkpoint",
     "perplexity",
+    "quality",
     "state_table",
     "stream",
     "verify",

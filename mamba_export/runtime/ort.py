@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class OrtRunner:
     """A bundle in ONNX Runtime; see :class:`mamba_export.runtime.base.Runner`.
 
+    ``session_options`` are the keyword arguments of its sessions; see :func:`.ort_session.make_session`.
     States stay in ONNX Runtime's own memory between calls. Each graph is loaded at its first use, so a loop of steps
     never holds the prefill graph.
     """
@@ -61,7 +62,7 @@ class OrtRunner:
                 'pip install "mamba-export[gpu]"' if device == "cuda" else None,
             )
         self.bundle, self.spec, self.device = bundle, bundle.spec, device
-        self._options: dict[str, Any] = {
+        self.session_options: dict[str, Any] = {
             "threads": threads,
             "suited": suited,
             "library": library,
@@ -71,12 +72,12 @@ class OrtRunner:
     @functools.cached_property
     def prefill_session(self) -> ort.InferenceSession:
         """The session of prefill.onnx."""
-        return make_session(self.bundle, PREFILL, self.device, **self._options)
+        return make_session(self.bundle, PREFILL, self.device, **self.session_options)
 
     @functools.cached_property
     def step_session(self) -> ort.InferenceSession:
         """The session of step.onnx."""
-        return make_session(self.bundle, STEP, self.device, **self._options)
+        return make_session(self.bundle, STEP, self.device, **self.session_options)
 
     def initial_state(self, batch: int) -> StateValues:
         states, device = self.bundle.states, self.device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ def make_session(
     suited: bool = True,
     library: str | Path | None = AUTO,
     low_memory: bool = False,
+    change: Callable[[bytes], bytes] | None = None,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session of one of the bundle's graphs; with ``suited``, of the one that suits ``device`` best.
 
@@ -58,6 +60,8 @@ def make_session(
     With ``low_memory`` the weights are read where they lie in the mapped file instead of being packed into a copy, and
     scratch memory goes back to the system after each call; a step takes longer for it. Prefill never packs: over
     many tokens it gains nothing, and the mapped pages are shared with the step graph.
+
+    ``change`` gets the serialized graph last, and returns another one over the same weights.
 
     Raises:
         EnvironmentProblem: ONNX Runtime can't run this graph; the message says why.
@@ -77,6 +81,8 @@ def make_session(
 
         ort_library.register(options, operators)
     source = _source(bundle, bundle.graph(graph, device) if suited else bundle.file(graph), device, operators)
+    if change is not None:
+        source = change(source if isinstance(source, bytes) else Path(source).read_bytes())
     if isinstance(source, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
     providers = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])

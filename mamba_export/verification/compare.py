@@ -152,7 +152,7 @@ def verify_bundle(
     require("polygraphy", "onnxruntime", extra="export", purpose="verify")
     from mamba_export.runtime.ort import OrtRunner
 
-    threads = _threads(checkpoint.n_parameters)
+    threads = engine_threads(checkpoint.n_parameters)
     if runtime != "ort":
         from mamba_export.runtime.trt import TrtRunner
 
@@ -195,7 +195,7 @@ def compare_with_checkpoint(
     report = VerificationReport(runtime, bundle.manifest.dtype)
     tolerance = TOLERANCES[bundle.manifest.dtype]
     pairs = {prefix: (prefix, _ORACLE) for prefix in runners} | dict(mutual or {})
-    with progress.stage("verify", total=len(scenarios)) as tick, _torch_threads(checkpoint.n_parameters):
+    with progress.stage("verify", total=len(scenarios)) as tick, torch_threads(checkpoint.n_parameters):
         oracle = TorchRunner(checkpoint, bundle.manifest.dtype, "fp32", bundle.target.ssm_layout)
         for scenario in scenarios:
 
@@ -210,17 +210,18 @@ def compare_with_checkpoint(
     return report
 
 
-def _threads(parameters: int) -> int | None:
+def engine_threads(parameters: int) -> int | None:
     """One thread for small models, where handing out work costs more than the work; else the engine's choice."""
     return 1 if parameters < 100_000_000 else None
 
 
 @contextlib.contextmanager
-def _torch_threads(parameters: int) -> Iterator[None]:
+def torch_threads(parameters: int) -> Iterator[None]:
+    """:func:`engine_threads` for torch, while it lasts."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(_threads(parameters) or before)
+    torch.set_num_threads(engine_threads(parameters) or before)
     try:
         yield
     finally:
