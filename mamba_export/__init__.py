@@ -13,11 +13,13 @@ from mamba_export.version import __version__
 
 if TYPE_CHECKING:
     from mamba_export.bundle import Bundle
+    from mamba_export.calibration.collect import calibrate
     from mamba_export.checkpoint import Checkpoint, open_checkpoint
     from mamba_export.diagnosis import doctor
     from mamba_export.errors import MambaExportError
     from mamba_export.export import export_onnx
     from mamba_export.inspection import inspect
+    from mamba_export.quantization import quantize
     from mamba_export.runtime import OrtRunner, Runner
     from mamba_export.runtime.generate import generate, stream
     from mamba_export.runtime.sampling import Sampling
@@ -36,6 +38,7 @@ _HOMES = {
     "Runner": "mamba_export.runtime",
     "Sampling": "mamba_export.runtime.sampling",
     "State": "mamba_export.states",
+    "calibrate": "mamba_export.calibration.collect",
     "doctor": "mamba_export.diagnosis",
     "export_onnx": "mamba_export.export",
     "generate": "mamba_export.runtime.generate",
@@ -43,6 +46,7 @@ _HOMES = {
     "open_checkpoint": "mamba_export.checkpoint",
     "perplexity": "mamba_export.verification.perplexity",
     "quality": "mamba_export.verification.quality",
+    "quantize": "mamba_export.quantization",
     "state_table": "mamba_export.states",
     "stream": "mamba_export.runtime.generate",
     "verify": "mamba_export.verification",
@@ -58,6 +62,7 @@ __all__ = [
     "Sampling",
     "State",
     "__version__",
+    "calibrate",
     "doctor",
     "export_onnx",
     "generate",
@@ -65,6 +70,7 @@ __all__ = [
     "open_checkpoint",
     "perplexity",
     "quality",
+    "quantize",
     "state_table",
     "stream",
     "verify",

@@ -49,6 +49,8 @@ class Manifest:
     verification: dict[str, Any] | None = None
     engines: list[dict[str, Any]] = field(default_factory=list)
     """What was built of the graphs, one entry a file under engines/; see :mod:`mamba_export.engine.build`."""
+    quantization: dict[str, Any] | None = None
+    """Of a quantized bundle: the recipe, and the provenance of its calibration."""
     schema_version: int = SCHEMA_VERSION
 
 

@@ -34,6 +34,7 @@ from mamba_export.tokens import check_tokenizer
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from mamba_export.quantized import QuantizedModel
     from mamba_export.verification.report import VerificationReport
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -97,25 +98,37 @@ def export_onnx(
     with open_checkpoint(ckpt, format) as checkpoint:
         if checkpoint.tokenizer is not None:
             check_tokenizer(checkpoint.tokenizer, checkpoint.spec.padded_vocab_size)
-        graphs = _make_graphs(checkpoint, target, dtype, logits, ragged, progress)
-        return _write(checkpoint, graphs, Path(out), verify, force, progress)
+        graphs = make_graphs(checkpoint, target, dtype, logits, ragged, progress)
+        return write_graphs(checkpoint, graphs, Path(out), verify, force, progress)
 
 
-def _make_graphs(
-    checkpoint: Checkpoint, target: str, dtype: str, logits: Literal["last", "all"], ragged: bool, progress: Progress
-) -> _Graphs:
+def make_graphs(
+    checkpoint: Checkpoint,
+    target: str,
+    dtype: str,
+    logits: Literal["last", "all"],
+    ragged: bool,
+    progress: Progress,
+    quantized: QuantizedModel | None = None,
+) -> Graphs:
+    """Trace and lower all graphs of a bundle and give every weight its place."""
     from mamba_export.graph.external import place_weights
     from mamba_export.graph.lower import lower, lower_for_cpu
-    from mamba_export.graph.trace import OPSET, GraphKind, TraceOptions, trace
+    from mamba_export.graph.trace import GraphKind, TraceOptions, trace
 
     options = TraceOptions(dtype, logits, ragged)
     models: dict[str, ir.Model] = {}
     kinds: dict[GraphKind, str] = {"prefill": PREFILL, "step": STEP}
+    quantize = None
+    if quantized is not None:
+        from mamba_export.graph.quant import QuantizePass
+
+        quantize = QuantizePass(quantized, dtype, contrib=get_target(target).flavour == "ort")
     for kind, file in kinds.items():
         with progress.stage(f"trace {kind}"):
             model = trace(checkpoint.spec, kind, options)
-            for_cpu = lower_for_cpu(model, checkpoint.spec, dtype, get_target(target))
-            models[file] = lower(model, checkpoint.spec, dtype, get_target(target))
+            for_cpu = lower_for_cpu(model, checkpoint.spec, dtype, get_target(target), quantize)
+            models[file] = lower(model, checkpoint.spec, dtype, get_target(target), quantize)
             if for_cpu is not None:
                 models[CPU_GRAPHS[file]] = for_cpu
     manifest = Manifest(
@@ -124,34 +137,41 @@ def _make_graphs(
         dtype=dtype,
         logits=logits,
         ragged=ragged,
-        opset=OPSET,
+        opset=models[PREFILL].opset_imports[""],
         nodes={file.removesuffix(".onnx"): _count(model) for file, model in models.items()},
         checkpoint={},
         tools=_tools(),
         eos_token_ids=list(checkpoint.eos_token_ids),
         states=state_rows(checkpoint.spec, dtype, get_target(target)),
         requires=get_target(target).requires,
+        quantization=None if quantized is None else quantized.recipe,
     )
-    return _Graphs(models, place_weights(list(models.values())), manifest)
+    fills = {} if quantize is None else quantize.fills
+    return Graphs(models, place_weights(list(models.values())), manifest, fills, quantized)
 
 
 @dataclass
-class _Graphs:
+class Graphs:
+    """All graphs of a bundle by file name, where their weights lie, and where the data of the quantized ones is."""
+
     models: dict[str, ir.Model]
     placements: dict[str, Any]
     manifest: Manifest
+    fills: dict[str, Any]
+    quantized: QuantizedModel | None = None
 
 
-def _write(
-    checkpoint: Checkpoint, graphs: _Graphs, out: Path, verify: bool, force: bool, progress: Progress
+def write_graphs(
+    checkpoint: Checkpoint, graphs: Graphs, out: Path, verify: bool, force: bool, progress: Progress
 ) -> ExportResult:
+    """Write the bundle, verify it if asked, and move it into place."""
     from mamba_export.graph.external import save_graph, write_weights
 
     size = max((p.offset + p.nbytes for p in graphs.placements.values()), default=0)
     report = None
     with write_bundle(out, force, needed=size + (16 << 20)) as writer:
         with progress.stage("write weights", total=size) as tick, (writer.path / WEIGHTS).open("wb") as file:
-            write_weights(checkpoint, graphs.models[PREFILL], graphs.placements, file, tick)
+            write_weights(checkpoint, graphs.models[PREFILL], graphs.placements, file, tick, graphs.fills)
         for name, model in graphs.models.items():
             save_graph(model, writer.path / name)
         config = checkpoint.config or checkpoint.spec.to_dict()
@@ -165,7 +185,7 @@ def _write(
             from mamba_export.verification import verify_bundle
 
             bundle = Bundle(writer.path, check=False)
-            report = verify_bundle(bundle, checkpoint, progress=progress)
+            report = verify_bundle(bundle, checkpoint, graphs.quantized, progress=progress)
             report.raise_if_failed()
             bundle.save_verification(report.to_dict())
     return ExportResult(Bundle(out, check=False), report, graphs.manifest.checkpoint)

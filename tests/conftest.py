@@ -24,7 +24,7 @@ pytest.register_assert_rewrite(
 )
 
 # From a checkout that is not installed the rooms at the root join the package here, as cli.py does it.
-if importlib.util.find_spec("mamba_export.kernels") is None:
+if any(importlib.util.find_spec(f"mamba_export.{room}") is None for room in ("kernels", "plugins", "calibration")):
     mamba_export.__path__.append(str(ROOT))
 
 # Machines that run tests are shared and slow: an example may take its time. CI tries the same examples every run.

@@ -7,6 +7,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("verify", "Compare a bundle with its checkpoint, output by output."),
     "generate": ("generate", "Write text with a bundle."),
     "perplexity": ("perplexity", "Measure perplexity of a bundle on a token file."),
+    "calibrate": ("calibrate", "Collect activation statistics for quantization."),
+    "quantize": ("quantize", "Quantize a checkpoint to a bundle."),
     "build": ("build", "Build TensorRT engines of a bundle."),
     "plugin": ("plugin", "Build the TensorRT plugin library."),
     "bench": ("bench", "Measure prefill and decode speed, and memory."),

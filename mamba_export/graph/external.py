@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -34,7 +35,8 @@ class Placement:
 def place_weights(graphs: list[ir.Model]) -> dict[str, Placement]:
     """Lay out all parameters of ``graphs``, each name once, and point the graphs at weights.bin.
 
-    Initializers that have data already are small constants of the graph and stay in it.
+    Initializers that have data already are small constants of the graph and stay in it. A name with a slash is a view:
+    the bytes of the name before the slash, in another shape.
 
     Raises:
         ValueError: when two graphs disagree on the dtype or shape of an initializer.
@@ -49,13 +51,16 @@ def place_weights(graphs: list[ir.Model]) -> dict[str, Placement]:
             if seen.setdefault(name, (value.dtype, str(value.shape))) != (value.dtype, str(value.shape)):
                 raise ValueError(f"initializer {name} differs between the graphs")
             assert value.shape is not None and value.dtype is not None
-            if name not in placements:
-                nbytes = int(torch.Size(value.shape.numpy()).numel() * value.dtype.itemsize)
+            nbytes = math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)
+            key = name.partition("/")[0]
+            if key not in placements:
                 align = _PAGE if nbytes >= _PAGE else _LINE
                 offset = -(-offset // align) * align
-                placements[name] = Placement(offset, nbytes)
+                placements[key] = Placement(offset, nbytes)
                 offset += nbytes
-            place = placements[name]
+            place = placements[key]
+            if place.nbytes != nbytes:
+                raise ValueError(f"{name} has {nbytes} bytes, {key} has {place.nbytes}")
             value.const_value = ir.ExternalTensor(
                 *(WEIGHTS_FILE, place.offset, place.nbytes, value.dtype), shape=value.shape, name=name
             )
@@ -68,6 +73,7 @@ def write_weights(
     placements: dict[str, Placement],
     file: BinaryIO,
     tick: Callable[[int], None],
+    fills: Mapping[str, Callable[[], torch.Tensor]] | None = None,
 ) -> None:
     """Write the data of every placed tensor, in order, holding one at a time.
 
@@ -77,16 +83,24 @@ def write_weights(
         placements: of :func:`place_weights`.
         file: open for writing in binary.
         tick: called with the number of bytes written after each tensor.
+        fills: bytes of the tensors that do not come from the checkpoint.
 
     Raises:
         CheckpointError: when a tensor holds values that are not finite.
     """
     for name, place in placements.items():
-        value = graph.graph.initializers[name]
-        assert value.shape is not None and value.dtype is not None
-        tensor = load_parameter(checkpoint, name, tuple(value.shape.numpy()), _TORCH_DTYPES[value.dtype])
+        fill = (fills or {}).get(name)
+        if fill is not None:
+            tensor = fill()
+        else:
+            value = graph.graph.initializers[name]
+            assert value.shape is not None and value.dtype is not None
+            tensor = load_parameter(checkpoint, name, tuple(value.shape.numpy()), _TORCH_DTYPES[value.dtype])
+        content = tensor.reshape(-1).view(torch.uint8)
+        if content.numel() != place.nbytes:
+            raise ValueError(f"{name} has {content.numel()} bytes, its place {place.nbytes}")
         file.write(b"\0" * (place.offset - file.tell()))
-        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        file.write(content.numpy().data)
         tick(place.nbytes)
 
 

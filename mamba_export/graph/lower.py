@@ -9,6 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from mamba_export.graph.passes import FoldConstantsPass, FuseLinearPass, WidenPass, replace_node
+from mamba_export.graph.quant import QuantizePass
 from mamba_export.graph.trace import OPSET
 from mamba_export.ops import DOMAIN, OPS, OpDef
 from mamba_export.ops.builder import Builder
@@ -20,19 +21,25 @@ from mamba_export.targets import Target, get_target
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "", "plugin_version": "1"}
 
 
-def lower_for_cpu(model: ir.Model, spec: ModelSpec, dtype: str, target: Target) -> ir.Model | None:
+def lower_for_cpu(
+    model: ir.Model, spec: ModelSpec, dtype: str, target: Target, quantize: QuantizePass | None = None
+) -> ir.Model | None:
     """A copy of the traced ``model``, lowered to the target's CPU flavour; None where that makes no difference."""
     if target.cpu_flavour is None:
         return None
     ops = [OPS[node.op_type] for node in model.graph if node.domain == DOMAIN]
     if all(op.body(target.cpu_flavour) is op.body(target.flavour) for op in ops):
         return None
-    return lower(model.clone(), spec, dtype, dataclasses.replace(target, flavour=target.cpu_flavour))
+    return lower(model.clone(), spec, dtype, dataclasses.replace(target, flavour=target.cpu_flavour), quantize)
 
 
-def lower(model: ir.Model, spec: ModelSpec, dtype: str, target: Target) -> ir.Model:
-    """The traced ``model`` in the dialect of ``target``; changed in place and returned."""
+def lower(
+    model: ir.Model, spec: ModelSpec, dtype: str, target: Target, quantize: QuantizePass | None = None
+) -> ir.Model:
+    """The traced ``model`` in the dialect of ``target``, quantized if asked; changed in place and returned."""
     passes: list[ir.passes.PassBase] = [LowerOpsPass(target)]
+    if quantize is not None:
+        passes.append(quantize)
     if target.flavour != "portable":
         passes.append(FuseLinearPass())
     passes += [FoldConstantsPass(), ir.passes.common.RemoveUnusedNodesPass()]

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mamba_export.checkpoint import Checkpoint
 from mamba_export.models.lm import MambaLM, build_model
 from mamba_export.models.weights import load_model
+from mamba_export.quantized import QuantizedModel
 from mamba_export.runtime.base import Ids, Logits, StateValues
 from mamba_export.states import Layout, state_table
 
@@ -23,15 +24,25 @@ class TorchRunner:
         dtype: what the weights are rounded to, as in the bundle it is compared with.
         compute: the precision of the arithmetic, ``fp32`` or ``fp64``.
         layout: in which :meth:`state_to_numpy` gives Mamba-2 states.
+        quantized: run this quantized model of the checkpoint.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: str = "fp32", compute: str = "fp32", layout: Layout = "PN"
+        self,
+        checkpoint: Checkpoint,
+        dtype: str = "fp32",
+        compute: str = "fp32",
+        layout: Layout = "PN",
+        quantized: QuantizedModel | None = None,
     ) -> None:
         self.spec, self.layout = checkpoint.spec, layout
         self._wide = torch.float64 if compute == "fp64" else torch.float32
         self.prefill_model = load_model(checkpoint, dtype, compute)
         self.step_model = _step_twin(self.prefill_model, compute)
+        if quantized is not None:
+            from mamba_export.calibration.simulation import apply
+
+            self.prefill_model, self.step_model = (apply(m, quantized) for m in (self.prefill_model, self.step_model))
 
     def initial_state(self, batch: int) -> StateValues:
         states = state_table(self.spec, "fp32")

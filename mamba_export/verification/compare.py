@@ -22,6 +22,7 @@ from mamba_export.checkpoint import Checkpoint, open_checkpoint
 from mamba_export.errors import UsageError
 from mamba_export.extras import require
 from mamba_export.progress import Progress, silent
+from mamba_export.quantized import QuantizedModel
 from mamba_export.runtime.base import Runner
 from mamba_export.verification.report import TOLERANCES, OutputError, VerificationReport
 
@@ -129,6 +130,11 @@ def verify(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     require("torch", "polygraphy", extra="export", purpose="verify")
+    if opened.manifest.quantization is not None:
+        raise UsageError(
+            f"{opened.path} is quantized: it does not compute what {ckpt} computes",
+            f"how far it is from it: mamba-export perplexity {opened.path} --data FILE --ckpt {ckpt}",
+        )
     with open_checkpoint(ckpt) as checkpoint:
         if checkpoint.spec != opened.spec:
             changed = [k for k, v in checkpoint.spec.to_dict().items() if opened.manifest.spec.get(k) != v]
@@ -142,13 +148,14 @@ def verify(
 def verify_bundle(
     bundle: Bundle,
     checkpoint: Checkpoint,
+    quantized: QuantizedModel | None = None,
     *,
     device: str = "cpu",
     runtime: str = "ort",
     plugin: str | Path | None = None,
     progress: Progress = silent,
 ) -> VerificationReport:
-    """:func:`verify` on things already open."""
+    """:func:`verify` on things already open; a quantized bundle is compared with the same quantized model in torch."""
     require("polygraphy", "onnxruntime", extra="export", purpose="verify")
     from mamba_export.runtime.ort import OrtRunner
 
@@ -165,7 +172,9 @@ def verify_bundle(
     runners: dict[str, Runner] = {"": OrtRunner(bundle, device, threads)}
     if bundle.graph(PREFILL, device) != bundle.file(PREFILL):
         runners["standard graphs: "] = OrtRunner(bundle, device, threads, suited=False)
-    return compare_with_checkpoint(runners, f"ONNX Runtime, {device}", bundle, checkpoint, progress)
+    return compare_with_checkpoint(
+        runners, f"ONNX Runtime, {device}", bundle, checkpoint, progress, quantized=quantized
+    )
 
 
 def compare_with_checkpoint(
@@ -175,6 +184,7 @@ def compare_with_checkpoint(
     checkpoint: Checkpoint,
     progress: Progress = silent,
     mutual: Mapping[str, tuple[str, str]] | None = None,
+    quantized: QuantizedModel | None = None,
 ) -> VerificationReport:
     """Run every scenario through the bundle's runners and through torch, and compare.
 
@@ -185,6 +195,7 @@ def compare_with_checkpoint(
         checkpoint: the truth.
         progress: gets told what is being done.
         mutual: further comparisons: their prefix in the report → the prefixes of two runners.
+        quantized: the truth of a quantized bundle.
     """
     from mamba_export.runtime.torch_runner import TorchRunner
     from mamba_export.verification.polygraphy_runner import compare_walks
@@ -193,10 +204,10 @@ def compare_with_checkpoint(
     rows = min(getattr(runner, "max_batch", 1 << 30) for runner in runners.values())
     scenarios = [s.of_rows(rows) for s in make_scenarios(bundle.spec.vocab_size, bundle.manifest.ragged)]
     report = VerificationReport(runtime, bundle.manifest.dtype)
-    tolerance = TOLERANCES[bundle.manifest.dtype]
+    tolerance = TOLERANCES[bundle.manifest.dtype if quantized is None else "quantized"]
     pairs = {prefix: (prefix, _ORACLE) for prefix in runners} | dict(mutual or {})
     with progress.stage("verify", total=len(scenarios)) as tick, torch_threads(checkpoint.n_parameters):
-        oracle = TorchRunner(checkpoint, bundle.manifest.dtype, "fp32", bundle.target.ssm_layout)
+        oracle = TorchRunner(checkpoint, bundle.manifest.dtype, "fp32", bundle.target.ssm_layout, quantized)
         for scenario in scenarios:
 
             def judge(

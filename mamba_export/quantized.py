@@ -1,0 +1,103 @@
+"""A quantized model: integer matrices, scales, and what happens to the inputs of its linear layers.
+
+Plain data between the stage that chooses the numbers (:mod:`mamba_export.calibration`) and those that use them: the
+simulated torch model, and the graphs and weights of a bundle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Kind = Literal["int4", "int8", "fp8"]
+StateType = Literal["fp32", "fp16", "int8"]
+EMBEDDING = "backbone.embedding.weight"
+HEAD = "lm_head.weight"
+FP8_MAX = 448.0
+"""Largest value of float8 e4m3fn."""
+
+
+@dataclass
+class Matrix:
+    """A quantized [rows, columns] matrix: ``values * scales``, symmetric, without zero points.
+
+    Attributes:
+        kind: ``int8`` (−127 … 127), ``int4`` (−8 … 7) or ``fp8`` (e4m3fn).
+        values: [rows, columns]; int8 also for ``int4``, float8_e4m3fn for ``fp8``.
+        scales: float32 [rows, groups]; one group covers ``group`` columns, the last one perhaps fewer.
+        group: columns that share a scale; all of them when it is not smaller than their number.
+    """
+
+    kind: Kind
+    values: Tensor
+    scales: Tensor
+    group: int
+
+    @property
+    def columns(self) -> int:
+        return int(self.values.shape[1])
+
+    @property
+    def groups(self) -> int:
+        return int(self.scales.shape[1])
+
+    def dequantize(self) -> Tensor:
+        """float32 [rows, columns]."""
+        scales = self.scales.repeat_interleave(self.group, 1)[:, : self.columns]
+        return self.values.float() * scales.float()
+
+
+@dataclass
+class InputQuantization:
+    """Static quantization of a linear layer's input: one scale, symmetric.
+
+    Attributes:
+        kind: ``int8`` or ``fp8``.
+        scale: of the tensor after smoothing and rotation.
+    """
+
+    kind: Literal["int8", "fp8"]
+    scale: float
+
+
+@dataclass
+class Linear:
+    """One quantized linear layer: ``y = Q(rotate(x * smooth)) @ weight.T``.
+
+    Attributes:
+        weight: already divided by ``smooth`` and rotated.
+        input: how the input is quantized; None leaves it in float.
+        smooth: float32 [columns], multiplied with the input in the graph; None where it is folded into what comes
+            before, or not used.
+        rotation: size of the Hadamard blocks the input is rotated with in the graph; 0 for none.
+    """
+
+    weight: Matrix
+    input: InputQuantization | None = None
+    smooth: Tensor | None = None
+    rotation: int = 0
+
+
+@dataclass
+class QuantizedModel:
+    """All that differs from the checkpoint.
+
+    Attributes:
+        linears: by parameter name, the head included where it is quantized.
+        embedding: the quantized table; the very ``Matrix`` of the head's linear where both are one tensor.
+        floats: parameters that stay float but have other values than the checkpoint's (norms with folded scales …).
+        state: type of the SSM state at the graph's edge.
+        state_profile: for an int8 state: float32 [channels, d_state] (or [nheads, d_state]) by layer, the typical
+            size of each entry relative to its channel's largest.
+        recipe: name and content of the recipe, and what the calibration was, for the manifest.
+    """
+
+    linears: dict[str, Linear] = field(default_factory=dict)
+    embedding: Matrix | None = None
+    floats: dict[str, Tensor] = field(default_factory=dict)
+    state: StateType = "fp32"
+    state_profile: dict[int, Tensor] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
