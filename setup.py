@@ -14,6 +14,7 @@ from setuptools import find_packages, setup
 ROOMS = {"mamba_export": "mamba_export"}
 ROOMS |= {f"mamba_export.{r}": r for r in ("kernels", "plugins", "calibration") if Path(r, "__init__.py").is_file()}
 SOURCES = ("*.cu", "*.cuh", "*.inl", "*.h", "*.hpp", "*.cpp", "*.cmake", "*.cmake.in", "*.map", "CMakeLists.txt")
+PROGRAM = {"mamba_export.jetson": "examples/jetson"}  # C++ that `mamba-export kit` packs
 DATA = ("*.yaml", "*.json", "*.md", "py.typed")
 
 
@@ -22,7 +23,7 @@ def packages() -> dict[str, str]:
     found = dict(ROOMS)
     for prefix, room in ROOMS.items():
         found.update({f"{prefix}.{name}": f"{room}/{name.replace('.', '/')}" for name in find_packages(room)})
-    return found
+    return found | {name: folder for name, folder in PROGRAM.items() if Path(folder).is_dir()}
 
 
 if __name__ == "__main__":

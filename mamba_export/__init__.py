@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mamba_export.calibration.collect import calibrate
     from mamba_export.checkpoint import Checkpoint, open_checkpoint
     from mamba_export.diagnosis import doctor
+    from mamba_export.engine import build_engines, build_plugin, make_kit
     from mamba_export.errors import MambaExportError
     from mamba_export.export import export_onnx
     from mamba_export.inspection import inspect
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mamba_export.runtime import OrtRunner, Runner
     from mamba_export.runtime.generate import generate, stream
     from mamba_export.runtime.sampling import Sampling
+    from mamba_export.runtime.trt import TrtRunner
     from mamba_export.spec import ModelSpec
     from mamba_export.states import State, state_table
     from mamba_export.verification import verify
@@ -38,11 +40,15 @@ _HOMES = {
     "Runner": "mamba_export.runtime",
     "Sampling": "mamba_export.runtime.sampling",
     "State": "mamba_export.states",
+    "TrtRunner": "mamba_export.runtime.trt",
+    "build_engines": "mamba_export.engine",
+    "build_plugin": "mamba_export.engine",
     "calibrate": "mamba_export.calibration.collect",
     "doctor": "mamba_export.diagnosis",
     "export_onnx": "mamba_export.export",
     "generate": "mamba_export.runtime.generate",
     "inspect": "mamba_export.inspection",
+    "make_kit": "mamba_export.engine",
     "open_checkpoint": "mamba_export.checkpoint",
     "perplexity": "mamba_export.verification.perplexity",
     "quality": "mamba_export.verification.quality",
@@ -61,12 +67,16 @@ __all__ = [
     "Runner",
     "Sampling",
     "State",
+    "TrtRunner",
     "__version__",
+    "build_engines",
+    "build_plugin",
     "calibrate",
     "doctor",
     "export_onnx",
     "generate",
     "inspect",
+    "make_kit",
     "open_checkpoint",
     "perplexity",
     "quality",

@@ -59,6 +59,10 @@ Options parse(int count, char** arguments) {
   Options options;
   for (int i = 1; i < count; ++i) {
     std::string const name = arguments[i];
+    if (name == "--help" || name == "-h") {
+      std::printf("%s", kUsage);
+      std::exit(0);
+    }
     if (name == "--no-graphs") {
       options.graphs = false;
       continue;

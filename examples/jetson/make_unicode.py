@@ -1,4 +1,4 @@
-"""Writes unicode.inc: the ranges of code points that are letters (\\p{L}) and numbers (\\p{N})."""
+"""Writes unicode.inl: the ranges of code points that are letters (\\p{L}) and numbers (\\p{N})."""
 
 import sys
 import unicodedata
@@ -30,7 +30,7 @@ def main() -> None:
                 row = "   "
             row += item
         lines += [row, "};"]
-    Path(__file__).with_name("unicode.inc").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path(__file__).with_name("unicode.inl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@
 
 namespace {
 
-#include "unicode.inc"
+#include "unicode.inl"
 
 template <size_t kSize>
 bool contains(char32_t const (&ranges)[kSize], char32_t point) {

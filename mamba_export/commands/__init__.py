@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plugin": ("plugin", "Build the TensorRT plugin library."),
     "bench": ("bench", "Measure prefill and decode speed, and memory."),
     "plan": ("plan", "Show what a model takes on a device, before anything runs."),
+    "kit": ("kit", "Collect all that a device needs in a folder."),
     "doctor": ("doctor", "Show versions, devices and what is missing."),
     "completion": ("completion", "Print a shell completion script."),
 }

@@ -24,9 +24,11 @@ def name(page: Path) -> str:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Path:
-    """A folder to run a page in: the example checkpoint is there, and mamba-export and python on the path."""
+    """A folder to run a page in: the example checkpoint is there, and mamba-export, python and polygraphy run there."""
     (tmp_path / "bin").mkdir()
-    for program, arguments in {"mamba-export": f' "{ROOT / "cli.py"}"', "python": ""}.items():
+    programs = {"mamba-export": f' "{ROOT / "cli.py"}"', "python": ""}
+    programs["polygraphy"] = ' -c "from polygraphy.tools import main; main()"'
+    for program, arguments in programs.items():
         script = tmp_path / "bin" / program
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
         script.chmod(0o755)

@@ -8,35 +8,20 @@ text of the checkpoint. On TensorRT itself and on a GPU it has not been run here
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mamba_export.bundle import Bundle
-from mamba_export.runtime.ort_session import make_session
 from tests.engine.conftest import HERE, CopyBundle
-from tests.engine.standin.pure import make_pure
+from tests.engine.served import STRICT, Served, compile_nvinfer, compiler, header_folders, need_headers
 
 SOURCES = Path(__file__).parents[2] / "examples" / "jetson"
-STRICT = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
-
-
-def compiler() -> str:
-    found = shutil.which("g++") or shutil.which("clang++")
-    if found is None:
-        pytest.skip("NOT TESTED: the C++ program for Jetson; there is no C++ compiler")
-    return found
-
-
 # -- tokenizer and sampler --------------------------------------------------------------------------------------------
 
 
@@ -131,114 +116,18 @@ def test_greedy_and_sampled_choices(parts: Any) -> None:
 # -- the whole program ------------------------------------------------------------------------------------------------
 
 
-def header_folders() -> list[Path]:
-    """``include`` folders of TENSORRT_ROOT and of other versions that lie beside it."""
-    root = os.environ.get("TENSORRT_ROOT")
-    if not root:
-        return []
-    roots = [Path(root), *sorted(path for path in Path(root).parent.iterdir() if path != Path(root))]
-    return [path / "include" for path in roots if (path / "include" / "NvInferRuntime.h").is_file()]
-
-
 @pytest.fixture(scope="module", params=header_folders() or [None], ids=lambda folder: folder and folder.parent.name)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, standin_libraries: Path) -> Path:
     """mamba_generate, built by its own CMakeLists.txt against one version's headers, with warnings as errors."""
-    include: Path | None = request.param
-    if include is None:
-        pytest.skip("NOT TESTED: the C++ program for Jetson; set TENSORRT_ROOT to a folder with TensorRT's headers")
-    cuda = next(
-        (
-            path
-            for path in (Path("/usr/local/cuda/include"), Path("/usr/include"))
-            if (path / "cuda_runtime_api.h").is_file()
-        ),
-        None,
-    )
-    if cuda is None or shutil.which("cmake") is None:
-        pytest.skip("NOT TESTED: the C++ program for Jetson; it needs CMake and CUDA's headers")
+    include = need_headers(request.param)
     folder = tmp_path_factory.mktemp("jetson")
-    (folder / "pure.inc").write_text(make_pure(include))
-    cudart, nvinfer = standin_libraries / "libcudart.so", folder / "libnvinfer.so"
-    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wno-deprecated-declarations", f"-I{folder}"]
-    system = ["-isystem", include, "-isystem", cuda, "-Wl,-soname,libnvinfer.so", cudart]
-    subprocess.run([compiler(), *flags, "-o", nvinfer, HERE / "nvinfer.cpp", *system], check=True)
+    cudart, nvinfer = standin_libraries / "libcudart.so", compile_nvinfer(folder, include, standin_libraries)
     configure = ["cmake", "-S", SOURCES, "-B", folder / "build", "-DWARNINGS_AS_ERRORS=ON", "-DCMAKE_BUILD_TYPE=Debug"]
-    configure += [
-        f"-DTENSORRT_INCLUDE_DIR={include}",
-        f"-DTENSORRT_LIBRARY={nvinfer}",
-        f"-DCUDA_cudart_LIBRARY={cudart}",
-    ]
-    for command in (configure, ["cmake", "--build", folder / "build"]):
+    configure += [f"-DTENSORRT_INCLUDE_DIR={include}", f"-DTENSORRT_LIBRARY={nvinfer}"]
+    for command in ([*configure, f"-DCUDA_cudart_LIBRARY={cudart}"], ["cmake", "--build", folder / "build"]):
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "build" / "mamba_generate"
-
-
-TYPES = {"tensor(float)": (0, np.float32), "tensor(float16)": (1, np.float16)}
-TYPES |= {"tensor(int32)": (3, np.int32), "tensor(int64)": (8, np.int64)}
-
-
-class Served:
-    """The engines of a bundle, for a program that runs on the stand-in for TensorRT's library."""
-
-    def __init__(self, bundle: Bundle, folder: Path, single: bool, longest: int = 16, plugin: bool = False) -> None:
-        """Write "engines" into ``folder``; each is the list of a graph's tensors."""
-        graphs = {"model": "prefill.onnx"} if single else {"prefill": "prefill.onnx", "step": "step.onnx"}
-        self.sessions = [make_session(bundle, graph, threads=1) for graph in graphs.values()]
-        self.runs: list[tuple[int, int]] = []
-        folder.mkdir(parents=True, exist_ok=True)
-        for number, (name, session) in enumerate(zip(graphs, self.sessions, strict=True)):
-            lengths = {"model": [longest, 1], "prefill": [longest], "step": [1]}[name]
-            lines = ["standin", f"id {number}", *(["plugin"] if plugin else [])]
-            for is_input, values in ((1, session.get_inputs()), (0, session.get_outputs())):
-                for value in values:
-                    shape = [size if isinstance(size, int) else -1 for size in value.shape]
-                    dims, code = " ".join(map(str, shape)), TYPES[value.type][0]
-                    lines.append(f"tensor {value.name} {is_input} {code} {len(shape)} {dims}")
-                    for most in lengths if is_input else []:
-                        rows = [
-                            [1 if i == 0 else limit if size < 0 else size for i, size in enumerate(shape)]
-                            for limit in (1, most, most)
-                        ]
-                        lines.append("profile " + " ".join(str(size) for row in rows for size in row))
-            (folder / f"{name}.engine").write_text("\n".join(lines) + "\n")
-
-    def serve(self, source: BinaryIO, sink: BinaryIO) -> None:
-        """Answer runs until the program ends."""
-        while number := source.read(8):
-            session = self.sessions[int.from_bytes(number, "little")]
-            feed = {}
-            for value in session.get_inputs():
-                ndim = int.from_bytes(source.read(8), "little")
-                shape = np.frombuffer(source.read(8 * ndim), np.int64)
-                dtype = np.dtype(TYPES[value.type][1])
-                feed[value.name] = np.frombuffer(source.read(int(shape.prod()) * dtype.itemsize), dtype).reshape(shape)
-            self.runs.append((int.from_bytes(number, "little"), feed["input_ids"].shape[1]))
-            for array in session.run(None, feed):
-                sink.write(array.tobytes())
-            sink.flush()
-
-    def run(self, program: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
-        """Run the program with this process computing its engines."""
-        (in_reader, in_writer), (out_reader, out_writer) = os.pipe(), os.pipe()
-        env = {**os.environ, "STANDIN_TO": str(in_writer), "STANDIN_FROM": str(out_reader)}
-        command = [program, *map(str, arguments)]
-        process = subprocess.Popen(
-            command,
-            env=env,
-            pass_fds=(in_writer, out_reader),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        os.close(in_writer)
-        os.close(out_reader)
-        with os.fdopen(in_reader, "rb") as source, os.fdopen(out_writer, "wb") as sink:
-            server = threading.Thread(target=self.serve, args=(source, sink))
-            server.start()
-            stdout, stderr = process.communicate(timeout=120)
-            server.join()
-        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -90,6 +91,25 @@ def test_every_checkpoint_builds_through_the_plugin_library(
         assert "RECURRENCE" not in entry["layers"]
         assert entry["plugin"] == {"file": "libmamba_plugins.so", "sha256": file_sha256(Path(plugin.path))}
     assert file_sha256(bundle.file("engines/libmamba_plugins.so")) == file_sha256(Path(plugin.path))
+
+
+@pytest.mark.slow
+def test_polygraphy_alone_builds_through_the_plugin_library(
+    copy_bundle: CopyBundle, plugin: PluginLibrary, tmp_path: Path
+) -> None:
+    """As docs/tensorrt.md shows it, with nothing of this project but graph and library."""
+    libraries = pytest.importorskip("tensorrt_rtx_libs")
+    (real,) = {*Path(libraries.__file__).parent.rglob("libtensorrt_rtx.so.1")}
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libtensorrt_rtx.so").symlink_to(real)
+    bundle = copy_bundle()
+    program = [sys.executable, "-c", "from polygraphy.tools import main; main()", "convert", bundle.file("step.onnx")]
+    options = ["--convert-to", "trt", "--compute-capabilities", "8.6", "12.0", "--plugins", plugin.static_path]
+    options += ["--onnx-flags", "enable_plugin_override", "-o", str(tmp_path / "step.engine"), "-v"]
+    env = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1", "LD_LIBRARY_PATH": f"{tmp_path / 'lib'}:{real.parent}"}
+    done = subprocess.run([*program, *options], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "step.engine").stat().st_size > 1_000_000
 
 
 def test_the_manifest_knows_the_engines(copy_bundle: CopyBundle) -> None:

@@ -23,7 +23,7 @@ def source_tree(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "build",
         "dist",
         "out",
-        "examples",
+        "mamba1-tiny",
         "tests",
         "docs",
         "benchmarks",

@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,19 @@ def test_the_rooms_at_the_root_install_with_their_sources(run_bare: Run) -> None
         "print((cuda / 'CMakeLists.txt').is_file(), (cuda / 'include' / 'mamba' / 'common.h').is_file())\n"
     )
     assert run_bare("python", "-c", script).stdout == "True True\n"
+
+
+def test_a_kit_is_made_without_extras(run_bare: Run, make_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle = make_bundle(target="tensorrt", logits="last", dtype="fp16")
+    done = run_bare("mamba-export", "kit", bundle, "--device", "orin-nano", "-o", tmp_path / "kit")
+    assert done.returncode == 0, done.stderr
+    for name in (
+        "program/main.cpp",
+        "program/unicode.inl",
+        "plugins/tensorrt/CMakeLists.txt",
+        "kernels/cuda/common.cu",
+    ):
+        assert (tmp_path / "kit" / name).is_file(), name
 
 
 def test_nothing_lands_beside_the_package(run_bare: Run) -> None:
