@@ -12,6 +12,8 @@ _LIGHT = ("#2a6fdb", "#d9541e", "#0f8f6b", "#a23fb5", "#9a7400", "#c2255c", "#3f
 _DARK = ("#6ea8ff", "#ff8f5e", "#3fd0a2", "#d58be6", "#e0b93f", "#ff7fa8", "#7cc3d8", "#c2b09f")
 _WIDTH, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 66, 16, 40, 46
 
+_TINY = 1e-100  # below it everything is zero
+
 Axis = tuple[float, float]
 
 
@@ -169,7 +171,7 @@ class Chart:
         return [
             (float(x), float(y), label)
             for x, y, label in zip(series.x, series.y, labels, strict=True)
-            if math.isfinite(x) and math.isfinite(y) and (x > 0 or not self.log_x) and (y > 0 or not self.log_y)
+            if math.isfinite(x) and math.isfinite(y) and (x > _TINY or not self.log_x) and (y > _TINY or not self.log_y)
         ]
 
     def _x(self, value: float, axis: Axis) -> float:
@@ -194,11 +196,11 @@ def _range(values: Sequence[float], log: bool, from_zero: bool, pad: bool) -> Ax
         if high <= low * (1 + 1e-9):
             return low / 2, high * 2
         air = 0.08 * (math.log(high) - math.log(low)) if pad else 0.0
-        return max(low * math.exp(-air), 5e-324), high * math.exp(air)
+        return low * math.exp(-air), high * math.exp(air)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        half = 0.1 * max(abs(low), abs(high)) or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), _TINY):
+        half = max(0.1 * max(abs(low), abs(high)), _TINY)
         return low - half, high + half
     air = (high - low) * 0.08 if pad else 0.0
     return (low if from_zero and low == 0 else low - air), (high if from_zero and high == 0 else high + air)
@@ -209,7 +211,7 @@ def _ticks(axis: Axis, log: bool, wanted: int) -> list[float]:
     low, high = axis
     if not log:
         return _linear_ticks(low, high, wanted)
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))  # of powers of ten
     if last - first > wanted:
         stride = -(-(last - first) // wanted)
         found = [10.0**e for e in range(first, last + 1) if e % stride == 0]
