@@ -132,9 +132,8 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
         "family": bundle.spec.family,
         "bytes": bundle.nbytes,
     }
-    quantization = getattr(manifest, "quantization", None)
-    if quantization:
-        facts["recipe"] = quantization.get("recipe") if isinstance(quantization, dict) else str(quantization)
+    if manifest.quantization:
+        facts["recipe"] = manifest.quantization.get("name")
     return facts
 
 
