@@ -5,7 +5,7 @@
 Mamba-1 768 × 24 (129 M parameters) and a GPT 768 × 12 (124 M, see transformer.py), both float32 with random weights,
 both exported by this project's tracer, both in stock ONNX Runtime with their states or caches bound in place. Every
 point is a process of its own: it begins with a context that has been read (states or caches of that size, of random
-content), reads the last 512 tokens of it again, then makes 16 tokens one by one.
+content), and either reads the last 512 tokens of it again or makes 16 tokens one by one.
 
 ``--docs`` (docs/ by default) receives the page's table and pictures.
 """
@@ -40,26 +40,19 @@ BEGIN, END = "<!-- written by benchmarks/against_transformer.py -->", "<!-- end 
 Point = dict[str, Any]
 
 
-def measure(name: str, folder: Path, context: int, batch: int, threads: int) -> Point:
-    """Time of a chunk that ends at ``context``, of steps after it, and the peak memory, in this process."""
+def measure(name: str, folder: Path, what: str, context: int, batch: int, threads: int) -> Point:
+    """In this process: time of a chunk that ends at ``context``, or of steps after it and the peak memory."""
     sys.path.insert(1, str(ROOT))
     from mamba_export.runtime.memory import peak_host
 
-    random = np.random.default_rng(1)
-    chunk = random.integers(0, 50280, (batch, CHUNK))
+    chunk = np.random.default_rng(1).integers(0, 50280, (batch, CHUNK))
     state_bytes, read, step = (_transformer if name == "transformer" else _mamba)(folder, context, batch, threads)
-    chunk_seconds = None
-    if batch == 1:  # ONNX Runtime's attention continues no batch by more than a token
+    if what == "read":
         read(chunk)
-        chunk_seconds = min(_timed(lambda: read(chunk)) for _ in range(2))
+        return {"chunk_seconds": min(_timed(lambda: read(chunk)) for _ in range(2))}
     token = chunk[:, :1].copy()
     times = [_timed(lambda: step(token)) for _ in range(WARM_UP + STEPS)][WARM_UP:]
-    return {
-        "chunk_seconds": chunk_seconds,
-        "step_seconds": statistics.median(times),
-        "state_bytes": state_bytes,
-        "peak": peak_host(),
-    }
+    return {"step_seconds": statistics.median(times), "state_bytes": state_bytes, "peak": peak_host()}
 
 
 def _timed(run: Callable[[], object]) -> float:
@@ -88,17 +81,25 @@ def _mamba(folder: Path, context: int, batch: int, threads: int) -> tuple[int, A
     runner = OrtRunner(bundle, threads=threads)
     random = np.random.default_rng(0)
     arrays = {s.name: 0.1 * random.standard_normal((batch, *s.shape), dtype=np.float32) for s in bundle.states}
-    state = runner.state_from_numpy(arrays)
-    loop = runner.step_loop(state, batch)
-    return sum(a.nbytes for a in arrays.values()), lambda ids: runner.prefill(ids, state), loop.step
+    state, loops = runner.state_from_numpy(arrays), {}
+
+    def step(token: Any) -> None:
+        if not loops:
+            loops[0] = runner.step_loop(state, batch)
+        loops[0].step(token)
+
+    return sum(a.nbytes for a in arrays.values()), lambda ids: runner.prefill(ids, state), step
 
 
 def in_process(name: str, folder: Path, context: int, batch: int, threads: int) -> Point:
-    command = [sys.executable, __file__, "--measure", name, str(folder), str(context), str(batch)]
-    done = subprocess.run(
-        [*command, "--threads", str(threads)], check=True, stdout=subprocess.PIPE, text=True, env={**os.environ}
-    )
-    return {"model": name, "context": context, "batch": batch, **json.loads(done.stdout.splitlines()[-1])}
+    """One point of the tables. ONNX Runtime's attention continues no batch by more than a token: it reads alone."""
+    point: Point = {"model": name, "context": context, "batch": batch}
+    for what in ("read", "step") if batch == 1 else ("step",):
+        command = [sys.executable, __file__, "--measure", name, str(folder), what, str(context), str(batch)]
+        command += ["--threads", str(threads)]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        point.update(json.loads(done.stdout.splitlines()[-1]))
+    return point
 
 
 def tables(points: list[Point], contexts: list[int], batches: list[int]) -> str:
@@ -193,11 +194,11 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        name, folder, context, batch = options.measure
-        print(json.dumps(measure(name, Path(folder), int(context), int(batch), options.threads)))
+        name, folder, what, context, batch = options.measure
+        print(json.dumps(measure(name, Path(folder), what, int(context), int(batch), options.threads)))
         return
     about = machine.describe(("onnxruntime",))
     gpt = options.cache / "models" / "gpt-768x12"
