@@ -34,7 +34,7 @@ class Contender(Protocol):
 class Bundle:
     """A bundle in stock ONNX Runtime."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    def __init__(self, path: str, threads: int, library: Path | None = None) -> None:
         import numpy as np
         import onnxruntime
 
@@ -42,16 +42,31 @@ class Bundle:
         from mamba_export.runtime import OrtRunner
 
         self.np, self.version = np, f"onnxruntime {onnxruntime.__version__}"
-        self.runner = OrtRunner(Folder(Path(path), check=False), threads=threads, library=None)
+        self.runner = OrtRunner(Folder(Path(path), check=False), threads=threads, library=library)
         self.zero = self.runner.initial_state(1)
-        self.state = self.zero
+        self.state, self.loop = self.zero, None
 
     def prefill(self, length: int) -> None:
         ids = self.np.arange(length, dtype=self.np.int64)[None] % 1000
         _, self.state = self.runner.prefill(ids, self.zero)
+        self.loop = None
 
     def step(self) -> None:
-        _, self.state = self.runner.step(self.np.array([[7]]), self.state)
+        if self.loop is None:
+            self.loop = self.runner.step_loop(self.state, 1)
+        self.loop.step(self.np.array([[7]]))
+
+
+class WithLibrary(Bundle):
+    """A bundle of target ``tensorrt`` in ONNX Runtime with this project's custom-op library."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        from mamba_export.plugins import ort_library
+
+        found = ort_library.find()
+        if found is None:
+            sys.exit("no library: python -m mamba_export.plugins.ort_library --onnxruntime-root DIR")
+        super().__init__(path, threads, found)
 
 
 class Transformers:
@@ -123,6 +138,7 @@ class OpenVino:
 
 CONTENDERS: dict[str, Callable[[str, int], Contender]] = {
     "mamba-export": Bundle,
+    "library": WithLibrary,
     "transformers": Transformers,
     "llama.cpp": Llama,
     "openvino": OpenVino,

@@ -1,6 +1,6 @@
 """Run benchmarks and put their output into RESULTS.md, each in its own section; sections not run stay as they are.
 
-    python benchmarks/results.py [--cache FOLDER] [cpu_decode] [prefill_scaling] [export_memory]
+    python benchmarks/results.py [--cache FOLDER] [cpu_decode] [prefill_scaling] [long_stream] …
 
 A run that starts on a busy machine (load above 0.5 a core) is marked as preliminary.
 """
@@ -23,6 +23,10 @@ TITLES = {
     "cpu_decode": "(b), (d) One token and a prefill on the CPU",
     "prefill_scaling": "(c) Prefill of long sequences",
     "decode_memory": "Decoding in little memory",
+    "long_stream": "One million tokens in a stream",
+    "ort_library": "The ONNX Runtime library on the CPU",
+    "against_transformer": "A Transformer of the same size",
+    "quantized_decode": "Quantized bundles against llama.cpp",
 }
 HEADER = "# Last results\n\nWritten by `benchmarks/results.py`: what each script printed, machine and date first.\n"
 BUSY = "**Preliminary: other jobs were running on this machine.**\n\n"
