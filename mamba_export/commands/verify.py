@@ -9,20 +9,22 @@ from mamba_export.commands.console import Console, common_options, runtime_optio
 
 @click.command("verify", short_help="Compare a bundle with its checkpoint, output by output.")
 @click.argument("bundle", type=click.Path())
-@click.option("--ckpt", required=True, help="The checkpoint the bundle was made from.")
+@click.option("--ckpt", help="The checkpoint the bundle was made from; engines can be compared without.")
 @runtime_options
 @common_options
-def command(console: Console, bundle: str, ckpt: str, runtime: str, plugin: str | None, device: str) -> None:
+def command(console: Console, bundle: str, ckpt: str | None, runtime: str, plugin: str | None, device: str) -> None:
     """Compare a bundle with the torch model on the checkpoint's weights.
 
     Prefill logits, every state, 32 steps with given tokens, and a prompt cut at random points; with --ragged bundles
     also rows of different lengths. With --runtime tensorrt the bundle's engines, ONNX Runtime and torch are compared
-    with each other. Exit code 4 when an output is out of tolerance; -v lists every output.
+    with each other; without --ckpt the engines and ONNX Runtime. Exit code 4 when an output is out of tolerance; -v
+    lists every output.
 
     \b
     Examples:
       mamba-export verify out/tiny --ckpt mamba1-tiny
       mamba-export verify out/tiny --ckpt mamba1-tiny --json
+      mamba-export verify out/tiny --runtime tensorrt
     """
     from mamba_export.verification import verify
 

@@ -24,7 +24,7 @@ from mamba_export.extras import require
 from mamba_export.progress import Progress, silent
 from mamba_export.quantized import QuantizedModel
 from mamba_export.runtime.base import Runner
-from mamba_export.verification.report import TOLERANCES, OutputError, VerificationReport
+from mamba_export.verification.report import TOLERANCES, OutputError, Tolerance, VerificationReport
 
 STEPS = 32
 _ORACLE = "checkpoint"
@@ -102,7 +102,7 @@ def make_scenarios(vocab_size: int, ragged: bool, seed: int = 0) -> list[Scenari
 
 def verify(
     bundle: str | Path | Bundle,
-    ckpt: str | Path,
+    ckpt: str | Path | None = None,
     *,
     device: str = "cpu",
     runtime: str = "ort",
@@ -112,11 +112,12 @@ def verify(
     """Compare the bundle at ``bundle`` with the checkpoint at ``ckpt``.
 
     In ONNX Runtime; or, with ``runtime`` ``tensorrt`` or ``tensorrt-rtx``, its engines with the checkpoint, ONNX
-    Runtime on the CPU with the checkpoint, and the engines with ONNX Runtime.
+    Runtime on the CPU with the checkpoint, and the engines with ONNX Runtime. Without a checkpoint the engines are
+    compared with ONNX Runtime alone, which needs no torch.
 
     Args:
         bundle: folder of the bundle, or an open one.
-        ckpt: folder, file or hub id of the checkpoint it was made from.
+        ckpt: folder, file or hub id of the checkpoint it was made from; may be left out for engines.
         device: of ONNX Runtime: ``cpu`` or ``cuda``.
         runtime: ``ort``, ``tensorrt`` or ``tensorrt-rtx``.
         plugin: plugin library of the engines.
@@ -126,14 +127,19 @@ def verify(
         The report; check its ``ok`` or call ``raise_if_failed``.
 
     Raises:
-        UsageError: the checkpoint is another model.
+        UsageError: the checkpoint is another model, or none was given and there are no engines to compare.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    if ckpt is None and runtime != "ort":
+        return _engines_alone(opened, runtime, plugin, progress)
+    if ckpt is None:
+        raise UsageError("there is nothing to compare with", "name the checkpoint: --ckpt CKPT")
     require("torch", "polygraphy", extra="export", purpose="verify")
     if opened.manifest.quantization is not None:
+        engines = "; engines with the graphs: leave out --ckpt" if runtime != "ort" else ""
         raise UsageError(
             f"{opened.path} is quantized: it does not compute what {ckpt} computes",
-            f"how far it is from it: mamba-export perplexity {opened.path} --data FILE --ckpt {ckpt}",
+            f"how far it is from it: mamba-export perplexity {opened.path} --data FILE --ckpt {ckpt}{engines}",
         )
     with open_checkpoint(ckpt) as checkpoint:
         if checkpoint.spec != opened.spec:
@@ -177,6 +183,18 @@ def verify_bundle(
     )
 
 
+def _engines_alone(bundle: Bundle, runtime: str, plugin: str | Path | None, progress: Progress) -> VerificationReport:
+    """Engines against ONNX Runtime on the same graphs."""
+    require("polygraphy", "onnxruntime", extra="export", purpose="verify")
+    from mamba_export.runtime.ort import OrtRunner
+    from mamba_export.runtime.trt import TrtRunner
+
+    runners: dict[str, Runner] = {"": TrtRunner(bundle, runtime, plugin), _ORACLE: OrtRunner(bundle)}
+    kind = bundle.manifest.dtype if bundle.manifest.quantization is None else "quantized"
+    report = VerificationReport(f"{runtime} against ONNX Runtime", bundle.manifest.dtype)
+    return _compare(runners, {"": ("", _ORACLE)}, report, TOLERANCES[kind], bundle, progress)
+
+
 def compare_with_checkpoint(
     runners: Runner | dict[str, Runner],
     runtime: str,
@@ -198,16 +216,30 @@ def compare_with_checkpoint(
         quantized: the truth of a quantized bundle.
     """
     from mamba_export.runtime.torch_runner import TorchRunner
-    from mamba_export.verification.polygraphy_runner import compare_walks
 
     runners = runners if isinstance(runners, dict) else {"": runners}
-    rows = min(getattr(runner, "max_batch", 1 << 30) for runner in runners.values())
-    scenarios = [s.of_rows(rows) for s in make_scenarios(bundle.spec.vocab_size, bundle.manifest.ragged)]
     report = VerificationReport(runtime, bundle.manifest.dtype)
     tolerance = TOLERANCES[bundle.manifest.dtype if quantized is None else "quantized"]
     pairs = {prefix: (prefix, _ORACLE) for prefix in runners} | dict(mutual or {})
-    with progress.stage("verify", total=len(scenarios)) as tick, torch_threads(checkpoint.n_parameters):
+    with torch_threads(checkpoint.n_parameters):
         oracle = TorchRunner(checkpoint, bundle.manifest.dtype, "fp32", bundle.target.ssm_layout, quantized)
+        return _compare({**runners, _ORACLE: oracle}, pairs, report, tolerance, bundle, progress)
+
+
+def _compare(
+    runners: Mapping[str, Runner],
+    pairs: Mapping[str, tuple[str, str]],
+    report: VerificationReport,
+    tolerance: Tolerance,
+    bundle: Bundle,
+    progress: Progress,
+) -> VerificationReport:
+    """Every scenario by every runner, and the comparisons of ``pairs`` (see ``compare_walks``) into ``report``."""
+    from mamba_export.verification.polygraphy_runner import compare_walks
+
+    rows = min(getattr(runner, "max_batch", 1 << 30) for runner in runners.values())
+    scenarios = [s.of_rows(rows) for s in make_scenarios(bundle.spec.vocab_size, bundle.manifest.ragged)]
+    with progress.stage("verify", total=len(scenarios)) as tick:
         for scenario in scenarios:
 
             def judge(
@@ -216,7 +248,7 @@ def compare_with_checkpoint(
                 report.errors.append(OutputError.of(prefix + walk, name, found, wanted, tolerance))
                 return report.errors[-1].ok
 
-            compare_walks(scenario, {**runners, _ORACLE: oracle}, pairs, judge)
+            compare_walks(scenario, runners, pairs, judge)
             tick(1)
     return report
 

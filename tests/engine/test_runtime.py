@@ -20,7 +20,9 @@ from mamba_export import generate
 from mamba_export.bench import run_bench
 from mamba_export.bundle import Bundle
 from mamba_export.engine import Range
+from mamba_export.engine.device import find_device
 from mamba_export.errors import BundleError, EnvironmentProblem, UsageError
+from mamba_export.extras import available
 from mamba_export.runtime import OrtRunner
 from mamba_export.runtime.trt import TrtRunner, from_storage, pieces, to_storage
 from mamba_export.runtime.trt_cuda import CudaError
@@ -199,6 +201,15 @@ def test_everything_takes_the_runtime(bundle: Bundle, standin: StandIn, tiny_che
     assert [m.test for m in measured] == ["pp40", "tg3"] * 2
 
 
+def test_engines_are_compared_with_their_graphs_without_a_checkpoint(bundle: Bundle, standin: StandIn) -> None:
+    standin.build(bundle, batch=Range.parse("1"))
+    report = verify(bundle, runtime="tensorrt")
+    assert report.ok and report.runtime == "tensorrt against ONNX Runtime"
+    assert {e.scenario.split()[0] for e in report.errors} == {"prompt", "single"}
+    with pytest.raises(UsageError, match="nothing to compare with"):
+        verify(bundle)
+
+
 def test_a_broken_engine_fails_verification(
     bundle: Bundle, standin: StandIn, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,6 +372,18 @@ def test_the_commands_run_end_to_end(
     assert facts["intact"] and facts["loaded"]["profiles"] == 2
     assert [b["name"] for b in facts["loaded"]["bindings"]][:2] == ["input_ids", "conv_state_0"]
     assert run("inspect", bundle.path)["engines"][0]["intact"]
+
+
+def test_what_is_missing_is_said(bundle: Bundle, cli: Callable[..., Any]) -> None:
+    """On this machine as it is: without the stand-ins."""
+    words = {"tensorrt": 'pip install "mamba-export[tensorrt]"', "tensorrt-rtx": "mamba-export[rtx]"}
+    for runtime, hint in words.items():
+        module = runtime.replace("-", "_")
+        done = cli("generate", bundle.path, "--runtime", runtime, "--tokens", "1,2")
+        assert done.returncode == (5 if find_device() is None else 2)
+        if find_device() is None:
+            assert ("there is no NVIDIA GPU here" if available(module) else hint) in done.stderr
+        assert done.stdout == ""
 
 
 def test_pages_of_inspect(bundle: Bundle, standin: StandIn, cli: Callable[..., Any]) -> None:
