@@ -22,6 +22,10 @@ Type type_of(DataType type) {
     case DataType::kHALF: return Type::kFloat16;
     case DataType::kBF16: return Type::kBFloat16;
     case DataType::kINT32: return Type::kInt32;
+    case DataType::kINT64: return Type::kInt64;
+    case DataType::kINT8: return Type::kInt8;
+    case DataType::kBOOL: return Type::kBool;
+    case DataType::kFP8: return Type::kFloat8;
     default: return Type::kOther;
   }
 }
@@ -235,7 +239,11 @@ int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out,
     if (launch_workspace_ > 0 && !workspace)
       return fail("the workspace is null, " + std::to_string(launch_workspace_) + " bytes are needed");
     const int status = kernel_->launch(inputs, outputs, launch_tactic_, workspace, launch_workspace_, stream);
-    return status == MAMBA_OK ? 0 : fail(mamba_status_string(status));
+    if (status == MAMBA_OK) return 0;
+    const std::vector<InputSpec> specs = inputs_of(attributes_);
+    for (size_t i = 0; i < specs.size() && status == MAMBA_ERROR_NULL_POINTER; i++)
+      if (!inputs[i]) return fail(std::string("input ") + specs[i].name + " has no buffer");
+    return fail(mamba_status_string(status));
   });
 }
 
@@ -259,6 +267,7 @@ const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
       }
     }
     field_device_ = sized_for_gpu_ ? 1 : 0;
+    fields_.emplace_back(kVersionField, kVersion, PluginFieldType::kCHAR, 1);
     fields_.emplace_back(kTunedField, tuned_, PluginFieldType::kINT32, 2);
     fields_.emplace_back(kDeviceField, &field_device_, PluginFieldType::kINT32, 1);
     collection_.nbFields = static_cast<int32_t>(fields_.size());
