@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,17 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mamba_export.runtime.base import Ids, Logits
+from mamba_export.runtime.ort_session import GRAPH_ID
 from mamba_export.states import State
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 
+_graph_ids = itertools.count(1)  # every binding records a graph of its own
+
+
 class OrtStepLoop:
     """Steps without allocations or copies around them; see :class:`mamba_export.runtime.loop.StepLoop`.
 
     The graph can't read and write one buffer, so there are two sets: a step reads one and writes the other. Each
-    direction has its own binding, made once; a step then is one write of the token ids and one call.
+    direction has its own binding, made once; a step then is one write of the token ids and one call. On a GPU, where
+    each direction is a CUDA graph, the logits are what comes back to the host.
     """
 
     def __init__(
@@ -31,6 +37,7 @@ class OrtStepLoop:
         batch: int,
         vocab_size: int,
         device: str,
+        cuda_graph: bool = False,
     ) -> None:
         """Copy ``start`` into the first set of buffers.
 
@@ -41,6 +48,7 @@ class OrtStepLoop:
             batch: rows.
             vocab_size: columns of the logits.
             device: ``cpu`` or ``cuda``.
+            cuda_graph: the session records CUDA graphs.
         """
         import onnxruntime
 
@@ -50,14 +58,19 @@ class OrtStepLoop:
         self._ids = np.zeros((batch, 1), np.int64)
         self._ids_value = make(self._ids, device, 0)
         self._logits = np.zeros((batch, 1, vocab_size), np.float32)
-        logits = make(self._logits, "cpu", 0)  # on the CPU an OrtValue shares the array's memory
+        # On the CPU an OrtValue shares the array's memory. A recorded graph writes what lies on the device alone.
+        self._logits_value = make(self._logits, device if cuda_graph else "cpu", 0)
         # The arrays behind CPU values must outlive them.
         # numpy() may be a view of memory that dies with its OrtValue.
         first = {s.name: np.array(start[s.name].numpy()) for s in states}
         self._arrays = [first, {name: np.empty_like(array) for name, array in first.items()}]
         self._sets = [{name: make(array, device, 0) for name, array in side.items()} for side in self._arrays]
-        self._bindings = [self._bind(logits, self._sets[i], self._sets[1 - i]) for i in range(2)]
-        self._turn = 0
+        self._bindings = [self._bind(self._logits_value, self._sets[i], self._sets[1 - i]) for i in range(2)]
+        self._options = [onnxruntime.RunOptions() for _ in range(2)]
+        for options in self._options:
+            if cuda_graph:
+                options.add_run_config_entry(GRAPH_ID, str(next(_graph_ids)))
+        self._cuda_graph, self._turn = cuda_graph, 0
 
     def _bind(
         self, logits: ort.OrtValue, past: dict[str, ort.OrtValue], present: dict[str, ort.OrtValue]
@@ -75,7 +88,9 @@ class OrtStepLoop:
         if self._device != "cpu":
             self._ids_value.update_inplace(self._ids)
         started = time.perf_counter()
-        self._session.run_with_iobinding(self._bindings[self._turn])
+        self._session.run_with_iobinding(self._bindings[self._turn], self._options[self._turn])
+        if self._cuda_graph:
+            self._logits = self._logits_value.numpy()
         self.engine_seconds += time.perf_counter() - started
         self._turn = 1 - self._turn
         return self._logits

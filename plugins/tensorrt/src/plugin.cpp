@@ -209,8 +209,9 @@ int Plugin::choose_tactic(const Sizes& sizes) {
   const std::vector<int32_t> valid = kernel_->tactics();
   if (tactic_ >= 0 && timed_here && std::find(valid.begin(), valid.end(), tactic_) != valid.end() && take(tactic_))
     return MAMBA_OK;
-  if (take(-1)) return MAMBA_OK;
-  return std::any_of(valid.begin(), valid.end(), take) ? MAMBA_OK : MAMBA_ERROR_WORKSPACE;
+  // The kernels' own choice comes first in their list. It is made here once, not at every launch.
+  if (std::any_of(valid.begin(), valid.end(), take) || take(-1)) return MAMBA_OK;
+  return MAMBA_ERROR_WORKSPACE;
 }
 
 int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t nb_inputs, const PluginTensorDesc*,
@@ -238,7 +239,9 @@ int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out,
     if (!inputs || !outputs) return fail("no buffers were given");
     if (launch_workspace_ > 0 && !workspace)
       return fail("the workspace is null, " + std::to_string(launch_workspace_) + " bytes are needed");
-    const int status = kernel_->launch(inputs, outputs, launch_tactic_, workspace, launch_workspace_, stream);
+    int status = kernel_->launch(inputs, outputs, launch_tactic_, workspace, launch_workspace_, stream);
+    if (status == MAMBA_ERROR_TACTIC)  // chosen for buffers aligned as TensorRT's are, and these are not
+      status = kernel_->launch(inputs, outputs, -1, workspace, launch_workspace_, stream);
     if (status == MAMBA_OK) return 0;
     const std::vector<InputSpec> specs = inputs_of(attributes_);
     for (size_t i = 0; i < specs.size() && status == MAMBA_ERROR_NULL_POINTER; i++)

@@ -21,6 +21,7 @@ struct Node {
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 void* chain_open(const char* library) { return new Library(library); }
@@ -57,3 +58,4 @@ int32_t chain_enqueue(void* node, const void* const* in, void* const* out, void*
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

@@ -58,13 +58,14 @@ class Node:
 class Chain:
     """The step of the peer's model, through the plugins."""
 
-    def __init__(self, plugins: Path, glue: Path, model: Any) -> None:
-        self.chain = ctypes.CDLL(str(glue))
+    def __init__(self, plugins: Path, glue: Path, model: Any, cublas: bool) -> None:
+        self.chain, self.cublas = ctypes.CDLL(str(glue)), cublas
         self.chain.chain_open.restype = self.chain.chain_node.restype = ctypes.c_void_p
         self.chain.chain_open.argtypes = [ctypes.c_char_p]
         pointer, integer = ctypes.c_void_p, ctypes.c_int32
         self.chain.chain_node.argtypes = [pointer, ctypes.c_char_p, integer, integer, pointer, pointer]
         self.chain.chain_enqueue.argtypes = [pointer] * 4
+        self.chain.chain_gemv.argtypes = [pointer] * 3 + [integer] * 2 + [pointer]
         self.chain.chain_add_norm.argtypes = [pointer] * 4 + [integer, ctypes.c_float, pointer]
         library = self.chain.chain_open(str(plugins).encode())
         backbone = model.backbone
@@ -99,7 +100,7 @@ class Chain:
                  xz[:, inner:].view(1, 1, inner)],
                 [y, ssm], gate=True,
             )  # fmt: skip
-            weights = (m.in_proj.weight.T, m.x_proj.weight.T, m.dt_proj.weight.T, m.out_proj.weight.T)
+            weights = (m.in_proj.weight, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight)
             self.layers.append((block.norm, first, second, weights, (xz, xdb, delta, u, y, rank)))
             self.states += [conv, ssm]
 
@@ -111,6 +112,15 @@ class Chain:
         if status:
             raise RuntimeError("the norm failed")
 
+    def project(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        """One row through a projection."""
+        if self.cublas:
+            torch.mm(x, weight.T, out=out)
+            return
+        pointers = (weight.data_ptr(), x.data_ptr(), out.data_ptr())
+        if self.chain.chain_gemv(*pointers, *weight.shape, torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError("the projection failed")
+
     def step(self) -> None:
         """One token: ``self.token`` in, the likeliest next one out in its place."""
         self.residual.copy_(self.embedding.index_select(0, self.token))
@@ -118,15 +128,15 @@ class Chain:
         for norm, first, second, (in_proj, x_proj, dt_proj, out_proj), buffers in self.layers:
             xz, xdb, delta, u, y, rank = buffers
             self.add_norm(norm, add)
-            torch.mm(self.normed, in_proj, out=xz)
+            self.project(self.normed, in_proj, xz)
             first.enqueue()
-            torch.mm(u[0], x_proj, out=xdb)
-            torch.mm(xdb[:, :rank], dt_proj, out=delta)
+            self.project(u[0], x_proj, xdb)
+            self.project(xdb[:, :rank], dt_proj, delta)
             second.enqueue()
-            torch.mm(y[0], out_proj, out=self.hidden)
+            self.project(y[0], out_proj, self.hidden)
             add = self.hidden
         self.add_norm(self.norm_f, add)
-        torch.mm(self.normed, self.head.T, out=self.logits)
+        self.project(self.normed, self.head, self.logits)
         torch.argmax(self.logits, 1, out=self.token)
 
     def plugins_alone(self) -> None:
@@ -175,33 +185,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="greedy tokens that are compared")
     options = parser.parse_args()
     model = peer_model.make(harness.Context(options.sources), options.d_model, options.n_layer, torch.bfloat16)
-    chain = Chain(options.plugins, options.glue, model)
     # Teacher-forced by the peer's tokens: two implementations of bfloat16 may part at a near tie, and then differ on.
     ids = model.generate(torch.ones(1, 1, dtype=torch.int64, device="cuda"), max_length=options.tokens + 1, top_k=1)
     expected = model(ids).logits[0, :-1].float()
-    graph = captured(chain.step)
-    chain.reset()
-    difference, same = 0.0, 0
-    for i in range(options.tokens):
-        chain.token.copy_(ids[0, i : i + 1])
-        graph.replay()
-        difference = max(difference, float((chain.logits[0].float() - expected[i]).norm() / expected[i].norm()))
-        same += int(chain.token[0] == expected[i].argmax())
-    print(
-        json.dumps(
-            {
-                "model": f"{options.d_model} x {options.n_layer}",
-                "logits_relative": difference,
-                "same_tokens": [same, options.tokens],
-                "step_ms": replay_ms(graph),
-                "plugins_alone_ms": replay_ms(captured(chain.plugins_alone)),
-                "nodes": 2 * options.n_layer,
-                "peer_ms": peer_model.generate_ms(model),
-                "torch": torch.__version__,
-                "gpu": torch.cuda.get_device_name(),
-            }
-        )
-    )
+    found: dict[str, Any] = {"model": f"{options.d_model} x {options.n_layer}", "nodes": 2 * options.n_layer}
+    for name in ("cublas", "gemv"):
+        chain = Chain(options.plugins, options.glue, model, name == "cublas")
+        graph = captured(chain.step)
+        chain.reset()
+        difference, same = 0.0, 0
+        for i in range(options.tokens):
+            chain.token.copy_(ids[0, i : i + 1])
+            graph.replay()
+            difference = max(difference, float((chain.logits[0].float() - expected[i]).norm() / expected[i].norm()))
+            same += int(chain.token[0] == expected[i].argmax())
+        found[name] = {"ms": replay_ms(graph), "logits_relative": difference, "same_tokens": [same, options.tokens]}
+    found["plugins_alone_ms"] = replay_ms(captured(chain.plugins_alone))
+    found |= {"peer_ms": peer_model.generate_ms(model), "torch": torch.__version__}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

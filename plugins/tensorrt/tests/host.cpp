@@ -114,7 +114,7 @@ void walk_configure(const Case& c, IPluginV3OneBuild* build, const std::string& 
   inputs[c.state].type = DataType::kINT8;
   bad = describe(c, inputs);
   check(build->configurePlugin(bad.data(), count, bad.data() + count, 2) != 0, op + " takes a state of int8");
-  check_message({op, "layer.7", "state", "int8", "expected", "float32"}, op + " wrong type");
+  check_message({op, "layer.7", "state", "int8", "expected", "float"}, op + " wrong type");
   check(build->configurePlugin(good.data(), count, good.data() + count, 3) != 0, op + " takes a third output");
   check_message({op, "layer.7", "3 outputs"}, op + " outputs");
   inputs = c.inputs;

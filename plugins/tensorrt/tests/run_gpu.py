@@ -104,8 +104,10 @@ def what_chain_runs() -> str:
 def chain_section(build_folder: Path, sources: Path) -> str:
     command = [sys.executable, str(HERE / "chain.py"), str(build_folder / "libmamba_plugins.so")]
     command += [str(build_folder / "libplugin_chain.so"), "--sources", str(sources)]
-    lines = ["| model | this chain, ms/token | its plugins alone | nodes | peer's generate, ms/token | ratio |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines = [
+        "| model | projections | chain, ms/token | plugins alone | nodes | peer's generate, ms/token | ratio |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
     notes = []
     for width, depth in ((768, 24), (2560, 64)):
         code, text, _ = run([*command, "--d-model", str(width), "--n-layer", str(depth)])
@@ -113,15 +115,16 @@ def chain_section(build_folder: Path, sources: Path) -> str:
         if code:
             return f"**FAILED**\n\n```\n{text[-1500:]}\n```"
         r = json.loads(text.splitlines()[-1])
-        lines.append(
-            f"| {r['model']} | {r['step_ms']:.3f} | {r['plugins_alone_ms']:.3f} | {r['nodes']} | {r['peer_ms']:.3f} "
-            f"| **{r['peer_ms'] / r['step_ms']:.2f}** |"
-        )
-        same, of = r["same_tokens"]
-        notes.append(
-            f"{r['model']}: logits within {r['logits_relative']:.1e} of the peer's prefill over the same tokens, the same "
-            f"likeliest token {same} times of {of}."
-        )
+        for key, name in (("cublas", "cuBLAS"), ("gemv", "plain kernel")):
+            ms, (same, of) = r[key]["ms"], r[key]["same_tokens"]
+            lines.append(
+                f"| {r['model']} | {name} | {ms:.3f} | {r['plugins_alone_ms']:.3f} | {r['nodes']} | {r['peer_ms']:.3f} "
+                f"| **{r['peer_ms'] / ms:.2f}** |"
+            )
+            notes.append(
+                f"- {r['model']}, {name}: logits within {r[key]['logits_relative']:.1e} of the peer's prefill of the "
+                f"same tokens, the same likeliest token {same} times of {of}."
+            )
     return "\n".join([*lines, "", *notes])
 
 
