@@ -104,9 +104,7 @@ def what_chain_runs() -> str:
 def chain_section(build_folder: Path, sources: Path) -> str:
     command = [sys.executable, str(HERE / "chain.py"), str(build_folder / "libmamba_plugins.so")]
     command += [str(build_folder / "libplugin_chain.so"), "--sources", str(sources)]
-    lines = [
-        "| model | projections | chain, ms/token | plugins alone | nodes | peer's generate, ms/token | ratio |"
-    ]
+    lines = ["| model | projections | chain, ms/token | plugins alone | nodes | peer's generate, ms/token | ratio |"]
     lines += ["|---|---|---|---|---|---|---|"]
     notes = []
     for width, depth in ((768, 24), (2560, 64)):
