@@ -15,7 +15,7 @@ from mamba_export.bundle import PREFILL, STEP, Bundle
 from mamba_export.errors import EnvironmentProblem, MissingExtraError
 from mamba_export.extras import available
 from mamba_export.runtime.base import Ids, Logits, StateValues
-from mamba_export.runtime.ort_loop import OrtStepLoop
+from mamba_export.runtime.ort_loop import OrtStepLoop, StepBuffers
 from mamba_export.runtime.ort_session import AUTO, GRAPH_ID, PROVIDERS, make_session, state_dtype
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class OrtRunner:
             )
         self.bundle, self.spec, self.device = bundle, bundle.spec, device
         self.cuda_graph = False
+        self._pools: dict[int, list[StepBuffers]] = {}  # by batch: of loops that have ended
         self.session_options: dict[str, Any] = {
             "threads": threads,
             "suited": suited,
@@ -122,8 +123,13 @@ class OrtRunner:
 
     def step_loop(self, state: StateValues, batch: int) -> OrtStepLoop:
         """A decode loop that starts from ``state`` of ``batch`` rows and changes its own copy in place."""
-        session, states = self.step_session, self.bundle.states
-        return OrtStepLoop(session, states, state, batch, self.spec.vocab_size, self.device, self.cuda_graph)
+        session = self.step_session
+        pool = self._pools.setdefault(batch, []) if self.cuda_graph else []  # what has been recorded is worth keeping
+        if pool:
+            return OrtStepLoop(session, pool.pop(), state, pool)
+        states, vocab_size = self.bundle.states, self.spec.vocab_size
+        buffers = StepBuffers(session, states, batch, vocab_size, self.device, self.cuda_graph)
+        return OrtStepLoop(session, buffers, state, pool)
 
     def _run(
         self, session: ort.InferenceSession, feed: dict[str, NDArray[Any]], state: StateValues

@@ -1,7 +1,7 @@
 """The plugin library's host code against every set of TensorRT headers there is, without warnings; plugin_host over it.
 
-The kernels are left out: stubs of their C interface stand in, and nothing here needs a GPU or compiles CUDA. Headers are
-those of TENSORRT_ROOT and of the folders in MAMBA_TENSORRT_ROOTS (separated like PATH): one a version of TensorRT.
+The kernels are left out: stubs of their C interface stand in, and nothing here needs a GPU or compiles CUDA. Headers
+are those of TENSORRT_ROOT and of the folders in MAMBA_TENSORRT_ROOTS (separated like PATH): one a version of TensorRT.
 """
 
 from __future__ import annotations
