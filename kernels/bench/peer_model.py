@@ -59,6 +59,27 @@ def generate_ms(model: Any, prompt: int = 16, tokens: int = 256, repeats: int = 
     return min((run(64 + tokens) - run(64)) / tokens * 1e3 for _ in range(repeats))
 
 
+def forward_graph_ms(model: Any, tokens: int, repeats: int = 20) -> float:
+    """The same pass recorded as a CUDA graph: what its kernels take without Python between them."""
+    ids = torch.randint(0, 1000, (1, tokens), device="cuda")
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream, times = torch.cuda.Stream(), []
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(3):
+            model(ids, num_last_tokens=1)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            model(ids, num_last_tokens=1)
+        for _ in range(repeats):
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            times.append(start.elapsed_time(stop))
+    return float(min(times))
+
+
 def forward_ms(model: Any, tokens: int, repeats: int = 20) -> float:
     """Milliseconds of the peer's forward pass over one row, logits of the last token: the best of several runs."""
     ids = torch.randint(0, 1000, (1, tokens), device="cuda")
