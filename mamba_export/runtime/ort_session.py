@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -91,17 +93,35 @@ def make_session(
     if isinstance(source, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
     providers: list[Any] = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
+    if device == "cuda":
+        _load_cuda_libraries()
     if cuda_graph:
         providers[0] = (PROVIDERS[device], {"enable_cuda_graph": "1"})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return onnxruntime.InferenceSession(source, options, providers=providers)
+            session = onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime raises its own classes, all plain Exceptions
         wanted = f"; this bundle needs {bundle.manifest.requires}" if bundle.manifest.requires else ""
         raise EnvironmentProblem(
             f"onnxruntime {onnxruntime.__version__} can't run {graph}: {str(error).splitlines()[0][:300]}{wanted}"
         ) from error
+    if PROVIDERS[device] not in session.get_providers():  # it would run on the CPU
+        raise EnvironmentProblem(
+            f"onnxruntime {onnxruntime.__version__} could not start its {PROVIDERS[device]}",
+            "it needs CUDA's libraries (cuBLAS, cuRAND, the runtime): from pip packages, or on LD_LIBRARY_PATH",
+        )
+    return session
+
+
+def _load_cuda_libraries() -> None:
+    """Load CUDA's libraries from their Python packages, where there are any. onnxruntime prints what it misses."""
+    import onnxruntime
+
+    preload = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            preload()
 
 
 def _operators(bundle: Bundle, device: str, library: str | Path | None) -> Path | None:
