@@ -1,5 +1,5 @@
-// A C interface to nodes of the plugin library, for chain.py: each is created from fields, serialized, restored and
-// attached as in an engine, given its shapes once, and enqueued into a stream of the caller's.
+// A C interface to nodes of the plugin library, for benchmarks/plugin_chain.py: each is created from fields, serialized,
+// restored and attached as in an engine, given its shapes once, and enqueued into a stream of the caller's.
 #include <cuda_runtime_api.h>
 
 #include <cstring>

@@ -1,6 +1,6 @@
 """Builds the plugin library with its hosts, runs them on this machine's GPU and writes RESULTS.md.
 
-    python plugins/tensorrt/tests/run_gpu.py --tensorrt-root DIR [--sources PEER] [--build DIR] [--arch 90] [-o FILE]
+    python benchmarks/plugin_host.py --tensorrt-root DIR [--sources PEER] [--build DIR] [--arch 90] [-o FILE]
 
 Needs CUDA's compiler, CMake, TensorRT's headers and a GPU; with --sources (the peer's source packages) also torch.
 """
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+PLUGINS = HERE.parent / "plugins" / "tensorrt"
 
 
 def run(command: list[str], **options: Any) -> tuple[int, str, float]:
@@ -33,7 +34,7 @@ def run(command: list[str], **options: Any) -> tuple[int, str, float]:
 
 
 def build(options: argparse.Namespace) -> None:
-    configure = ["cmake", "-S", str(HERE.parent), "-B", str(options.build), "-DMAMBA_PLUGIN_TESTS=ON"]
+    configure = ["cmake", "-S", str(PLUGINS), "-B", str(options.build), "-DMAMBA_PLUGIN_TESTS=ON"]
     configure += [f"-DCMAKE_CUDA_ARCHITECTURES={options.arch}-real", f"-DTENSORRT_ROOT={options.tensorrt_root}"]
     configure += ["-DMAMBA_WARNINGS_AS_ERRORS=ON", "-DCMAKE_BUILD_TYPE=Release"]
     for command in (configure, ["cmake", "--build", str(options.build), "--parallel", str(os.cpu_count())]):
@@ -96,13 +97,13 @@ def overhead_section(build_folder: Path) -> str:
 
 
 def what_chain_runs() -> str:
-    """The paragraph of chain.py that says what is measured."""
-    text = ast.get_docstring(ast.parse((HERE / "chain.py").read_text(encoding="utf-8"))) or ""
+    """The paragraph of plugin_chain.py that says what is measured."""
+    text = ast.get_docstring(ast.parse((HERE / "plugin_chain.py").read_text(encoding="utf-8"))) or ""
     return text.split("\n\n")[2]
 
 
 def chain_section(build_folder: Path, sources: Path) -> str:
-    command = [sys.executable, str(HERE / "chain.py"), str(build_folder / "libmamba_plugins.so")]
+    command = [sys.executable, str(HERE / "plugin_chain.py"), str(build_folder / "libmamba_plugins.so")]
     command += [str(build_folder / "libplugin_chain.so"), "--sources", str(sources)]
     lines = ["| model | projections | chain, ms/token | plugins alone | nodes | peer's generate, ms/token | ratio |"]
     lines += ["|---|---|---|---|---|---|---|"]
@@ -150,10 +151,10 @@ def main() -> None:
     parser.add_argument("--sources", type=Path)
     parser.add_argument("--build", type=Path, default=Path("build/plugin-tests"))
     parser.add_argument("--arch", default="90")
-    parser.add_argument("-o", "--output", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("-o", "--output", type=Path, default=PLUGINS / "tests" / "RESULTS.md")
     options = parser.parse_args()
     build(options)
-    text = "# The plugin library on a GPU\n\nWritten by `plugins/tensorrt/tests/run_gpu.py`.\n\n"
+    text = "# The plugin library on a GPU\n\nWritten by `benchmarks/plugin_host.py`.\n\n"
     text += f"{machine()}; built against TensorRT {headers_version(options.tensorrt_root)} headers.\n\n"
     text += "Errors are relative to a reference in double (norms), over all tactics, ragged and whole.\n\n"
     sections = {"Every op against the reference": host_section(options.build)}

@@ -1,12 +1,13 @@
 """The step of a whole Mamba-1 model through the plugin library, replayed as a CUDA graph, against the peer's generate.
 
-    python plugins/tensorrt/tests/chain.py LIBMAMBA_PLUGINS LIBPLUGIN_CHAIN --sources PEER [--d-model 768 --n-layer 24]
+    python benchmarks/plugin_chain.py LIBMAMBA_PLUGINS LIBPLUGIN_CHAIN --sources PEER [--d-model 768 --n-layer 24]
 
 What runs, in one stream and one graph, batch 1, bfloat16 with float32 states: for every layer both plugins of the step
 graph (MambaCausalConv1d, MambaSelectiveStateUpdate), restored from their serialized fields, with the state read and
-written in one buffer; the four projections, the embedding, the output projection and the choice of the likeliest token
-through torch (cuBLAS); residual sum and RMSNorm as one kernel, as TensorRT fuses them. TensorRT's own engine is not
-part of it. The weights are the peer's, and its tokens have to come out.
+written in one buffer; the four projections and the output projection, either through cuBLAS as torch calls it, or
+through a plain matrix-vector kernel of this harness; residual sum and RMSNorm as one kernel, as TensorRT fuses them;
+the embedding and the choice of the likeliest token through torch. TensorRT's own engine is not part of it. The weights
+are the peer's, and its tokens have to come out.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import mamba_export
 
-if str(Path(__file__).resolve().parents[3]) not in mamba_export.__path__:
-    mamba_export.__path__.append(str(Path(__file__).resolve().parents[3]))
+if str(Path(__file__).resolve().parents[1]) not in mamba_export.__path__:
+    mamba_export.__path__.append(str(Path(__file__).resolve().parents[1]))
 from mamba_export.kernels.bench import harness, peer_model
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7}  # nvinfer1::DataType
