@@ -13,7 +13,19 @@ from setuptools import find_packages, setup
 
 ROOMS = {"mamba_export": "mamba_export"}
 ROOMS |= {f"mamba_export.{r}": r for r in ("kernels", "plugins", "calibration") if Path(r, "__init__.py").is_file()}
-SOURCES = ("*.cu", "*.cuh", "*.inl", "*.h", "*.hpp", "*.cpp", "*.cmake", "*.cmake.in", "*.map", "CMakeLists.txt")
+SOURCES = (
+    "*.cu",
+    "*.cuh",
+    "*.sh",
+    "*.inl",
+    "*.h",
+    "*.hpp",
+    "*.cpp",
+    "*.cmake",
+    "*.cmake.in",
+    "*.map",
+    "CMakeLists.txt",
+)
 PROGRAM = {"mamba_export.jetson": "examples/jetson"}  # C++ that `mamba-export kit` packs
 DATA = ("*.yaml", "*.json", "*.md", "py.typed")
 

@@ -1,10 +1,10 @@
-"""causal_conv1d on the CUDA kernels: same shapes and results as the torch op of that name."""
+"""causal_conv1d on the CUDA kernels: same arguments and results as the torch op of that name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .library import KernelError, dtype_code, launch, params_struct, pointer
+from .library import Arguments, dtype_code, launch, params_struct
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,11 +17,6 @@ PARAMS = params_struct(
     "ptr x weight bias state_in y state_out seq_lens;"
     "i64 x_batch_stride x_token_stride y_batch_stride y_token_stride",
 )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise KernelError(f"causal_conv1d: {message}")
 
 
 def causal_conv1d(
@@ -42,18 +37,20 @@ def causal_conv1d(
 
     batch, seqlen, channels = x.shape
     width = weight.shape[1]
-    _require(x.is_cuda and (x.stride(2) == 1 or channels == 1), "x must be on the GPU with dense channels")
-    _require(weight.shape == (channels, width) and weight.is_contiguous(), "weight must be dense [channels, width]")
-    for tensor, dtype, name in (
-        (bias, weight.dtype, "bias"),
-        (state, x.dtype, "state"),
-        (final_state, x.dtype, "final_state"),
-    ):
-        _require(tensor is None or (tensor.dtype == dtype and tensor.is_contiguous()), f"{name} must be dense {dtype}")
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    shape = (batch, channels, width - 1)
     if final_state is None:
-        final_state = torch.empty((batch, channels, width - 1), dtype=x.dtype, device=x.device)
+        final_state = torch.empty(shape, dtype=x.dtype, device=x.device)
+    a = Arguments("causal_conv1d", x)
+    a.activation("x", x, x.shape, ("batch", "token"))
+    a.constant("weight", weight, (channels, width), dtype=weight.dtype)
+    a.constant("bias", bias, (channels,), dtype=weight.dtype)
+    a.constant("state_in", state, shape, dtype=x.dtype)
+    a.constant("seq_lens", seq_lens, (batch,), dtype=torch.int32)
+    a.output("y", y, x.shape, x.dtype, ("batch", "token"))
+    a.output("state_out", final_state, shape, x.dtype)
     params = PARAMS(
+        **a.fields,
         dtype=dtype_code(x.dtype),
         weight_dtype=dtype_code(weight.dtype),
         batch=batch,
@@ -62,17 +59,6 @@ def causal_conv1d(
         width=width,
         activation=activation,
         tactic=tactic,
-        x=pointer(x),
-        weight=pointer(weight),
-        bias=pointer(bias),
-        state_in=pointer(state),
-        y=pointer(y),
-        state_out=pointer(final_state),
-        seq_lens=pointer(seq_lens),
-        x_batch_stride=x.stride(0),
-        x_token_stride=x.stride(1),
-        y_batch_stride=y.stride(0),
-        y_token_stride=y.stride(1),
     )
     launch("causal_conv1d", params, x)
     return y, final_state

@@ -1,7 +1,8 @@
 """Finds and loads the CUDA kernel library (``libmamba_kernels.so``) and calls its C ABI through ctypes.
 
-An op's wrapper declares its params struct with :func:`params_struct` and launches it with :func:`launch`, which
-allocates the workspace, passes torch's current stream and turns an error status into a :class:`KernelError`.
+An op's wrapper declares its params struct with :func:`params_struct`, checks its tensors with :class:`Arguments` and
+launches with :func:`launch`, which allocates the workspace, passes torch's current stream and turns an error status
+into a :class:`KernelError`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,19 @@ from mamba_export.errors import EnvironmentProblem, MambaExportError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["KernelError", "available", "dtype_code", "launch", "load", "params_struct", "pointer", "tactics"]
+__all__ = [
+    "Arguments",
+    "KernelError",
+    "available",
+    "covers",
+    "dense",
+    "dtype_code",
+    "launch",
+    "load",
+    "params_struct",
+    "pointer",
+    "tactics",
+]
 
 LIBRARY_NAME = "libmamba_kernels.so"
 ENVIRONMENT_VARIABLE = "MAMBA_KERNELS_LIBRARY"
@@ -83,6 +96,69 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def dense(tensor: Tensor, outer: int) -> Tensor:
+    """The tensor itself if it is dense behind its first ``outer`` dimensions, otherwise a dense copy."""
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape[outer:]), reversed(tensor.stride()[outer:]), strict=True):
+        if size != 1 and stride != expected:
+            return tensor.contiguous()
+        expected *= size
+    return tensor
+
+
+class Arguments:
+    """The tensors of one call: checked, made dense where the kernels need it, and kept alive until the launch.
+
+    ``fields`` collects pointers and strides under the names of the params struct.
+    """
+
+    def __init__(self, op: str, like: Tensor) -> None:
+        self.op, self.device, self.dtype = op, like.device, like.dtype
+        self.fields: dict[str, int | float | None] = {}
+        self._alive: list[Tensor] = []
+
+    def activation(self, name: str, tensor: Tensor | None, shape: tuple[int, ...], strides: tuple[str, ...]) -> None:
+        """A tensor in the dtype of the activations, with a stride parameter for each of its first dimensions."""
+        if tensor is None:
+            return
+        self._check(name, tensor, (tuple(shape),), self.dtype)
+        tensor = dense(tensor, len(strides))
+        self._add(name, tensor)
+        self.fields |= {f"{name}_{which}_stride": tensor.stride(i) for i, which in enumerate(strides)}
+
+    def constant(self, name: str, tensor: Tensor | None, *shapes: tuple[int, ...], dtype: Any = None) -> None:
+        """A tensor dense throughout, float32 or ``dtype``, of one of ``shapes``."""
+        import torch
+
+        if tensor is not None:
+            self._check(name, tensor, shapes, dtype or torch.float32)
+            self._add(name, tensor.contiguous())
+
+    def output(
+        self, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: Any, strides: tuple[str, ...] = ()
+    ) -> None:
+        """A tensor to write to, dense behind the dimensions that have a stride parameter: never copied."""
+        self._check(name, tensor, (tuple(shape),), dtype)
+        if dense(tensor, len(strides)) is not tensor:
+            raise KernelError(f"{self.op}: {name} must be dense")
+        self._add(name, tensor)
+        self.fields |= {f"{name}_{which}_stride": tensor.stride(i) for i, which in enumerate(strides)}
+
+    def _check(self, name: str, tensor: Tensor, shapes: tuple[tuple[int, ...], ...], dtype: Any) -> None:
+        if tensor.device != self.device or not tensor.is_cuda:
+            raise KernelError(f"{self.op}: {name} is on {tensor.device}, but must be on one GPU with the others")
+        if tensor.dtype != dtype:
+            raise KernelError(f"{self.op}: {name} must be {dtype}, not {tensor.dtype}")
+        if tuple(tensor.shape) not in shapes:
+            raise KernelError(
+                f"{self.op}: {name} has shape {tuple(tensor.shape)}, expected {' or '.join(map(str, shapes))}"
+            )
+
+    def _add(self, name: str, tensor: Tensor) -> None:
+        self._alive.append(tensor)
+        self.fields[name] = tensor.data_ptr()
+
+
 def tactics(op: str, params: ctypes.Structure) -> list[int]:
     """The tactics that cover the shape in ``params``, the selector's own choice first."""
     out = (ctypes.c_int32 * 256)()
@@ -90,10 +166,27 @@ def tactics(op: str, params: ctypes.Structure) -> list[int]:
     return list(out[:count])
 
 
+def covers(op: str) -> bool:
+    """Whether the CUDA kernel of ``op`` can be had here: from the library, or compiled at run time."""
+    from . import nvrtc, nvrtc_ops
+
+    return available() or (op in nvrtc_ops.OPS and nvrtc.available())
+
+
 def launch(op: str, params: ctypes.Structure, like: Tensor) -> None:
-    """Runs ``mamba_<op>`` on the current stream of the device of ``like``, with a workspace if the op asks for one."""
+    """Runs ``mamba_<op>`` on the current stream of the device of ``like``, with a workspace if the op asks for one.
+
+    Where the library is not built, NVRTC makes the kernels that it can make.
+    """
     import torch
 
+    if not available():
+        from . import nvrtc_ops
+
+        if op in nvrtc_ops.OPS:
+            with torch.cuda.device(like.device):
+                nvrtc_ops.launch(op, params)
+            return
     library = load()
     with torch.cuda.device(like.device):
         size_of = getattr(library, f"mamba_{op}_workspace")

@@ -1,87 +1,101 @@
-"""One token of Mamba-2 on the CUDA kernel library."""
+"""ssd_state_update on the CUDA kernels: same arguments and results as the torch op of that name."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .library import KernelError, dtype_code, launch, params_struct, pointer
+from .library import Arguments, KernelError, dtype_code, launch, params_struct, tactics
 
 if TYPE_CHECKING:
+    import ctypes
+
     from torch import Tensor
 
-__all__ = ["ssd_state_update"]
+__all__ = ["ssd_state_update", "ssd_state_update_tactics"]
 
-_Params = params_struct(
-    "mamba_ssd_state_update_params",
+PARAMS = params_struct(
+    "SsdStateUpdateParams",
     "i32 dtype state_dtype batch nheads headdim ngroups d_state dt_softplus d_per_channel tactic;"
     "f32 dt_min dt_max; ptr x dt B C z y A D dt_bias state_in state_out;"
     "i64 x_batch_stride dt_batch_stride B_batch_stride C_batch_stride z_batch_stride y_batch_stride",
 )
 
 
-def _row_dense(tensor: Tensor) -> Tensor:
-    return tensor if tensor[0].is_contiguous() else tensor.contiguous()
+def _params(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None, state: Tensor,
+    z: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, y: Tensor, final_state: Tensor, tactic: int,
+) -> tuple[ctypes.Structure, Arguments]:  # fmt: skip
+    batch, seqlen, nheads, headdim = x.shape
+    ngroups, d_state = B.shape[2:]
+    if seqlen != 1:
+        raise KernelError("ssd_state_update: one token at a time; ssd_scan takes longer sequences")
+    a = Arguments("ssd_state_update", x)
+    for name, tensor, shape in (
+        *(("x", x, x.shape), ("z", z, x.shape), ("dt", dt, (batch, 1, nheads))),
+        *(("B", B, (batch, 1, ngroups, d_state)), ("C", C, (batch, 1, ngroups, d_state))),
+    ):
+        a.activation(name, tensor, shape, ("batch",))
+    a.constant("A", A, (nheads,))
+    a.constant("D", D, (nheads,), (nheads, headdim))
+    a.constant("dt_bias", dt_bias, (nheads,))
+    a.constant("state_in", state, (batch, nheads, headdim, d_state), dtype=state.dtype)
+    a.output("y", y, x.shape, x.dtype, ("batch",))
+    a.output("state_out", final_state, state.shape, state.dtype)
+    params = PARAMS(
+        **a.fields,
+        dtype=dtype_code(x.dtype),
+        state_dtype=dtype_code(state.dtype),
+        batch=batch,
+        nheads=nheads,
+        headdim=headdim,
+        ngroups=ngroups,
+        d_state=d_state,
+        dt_softplus=dt_softplus,
+        d_per_channel=D is not None and D.dim() == 2,
+        tactic=tactic,
+        dt_min=dt_min,
+        dt_max=dt_max,
+    )
+    return params, a
 
 
 def ssd_state_update(
-    state: Tensor,
     x: Tensor,
     dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
-    D: Tensor | None = None,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    state: Tensor,
     z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_limit: tuple[float, float] = (0.0, float("inf")),
-    out_state: Tensor | None = None,
+    dt_softplus: bool = True,
+    dt_min: float = 0.0,
+    dt_max: float = float("inf"),
+    *,
     out: Tensor | None = None,
+    final_state: Tensor | None = None,
     tactic: int = -1,
-) -> Tensor:
-    """``y`` [batch, nheads, headdim] of one token; the state is updated in place, or written to ``out_state``.
+) -> tuple[Tensor, Tensor]:
+    """One token: x and z [B, 1, H, P], dt [B, 1, H], B and C [B, 1, G, N], state [B, H, P, N] in float32, float16 or
+    bfloat16; A and dt_bias [H], D [H] or [H, P].
 
-    state [batch, nheads, headdim, d_state] in float32, float16 or bfloat16; x [batch, nheads, headdim],
-    dt [batch, nheads], B and C [batch, ngroups, d_state]; A, dt_bias [nheads]; D [nheads] or [nheads, headdim].
+    Returns y [B, 1, H, P] and the present state, in ``final_state`` if given, which may be ``state`` (in place).
     """
     import torch
 
-    batch, nheads, headdim, d_state = state.shape
-    target = state if out_state is None else out_state
-    y = torch.empty((batch, nheads, headdim), dtype=x.dtype, device=x.device) if out is None else out
-    expected = {
-        "x": (x, (batch, nheads, headdim)), "dt": (dt, (batch, nheads)), "B": (B, (batch, B.shape[1], d_state)),
-        "C": (C, B.shape), "A": (A, (nheads,)), "z": (z, x.shape), "dt_bias": (dt_bias, (nheads,)),
-        "out_state": (target, state.shape), "out": (y, x.shape),
-    }  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise KernelError(f"ssd_state_update: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-    if D is not None and tuple(D.shape) not in ((nheads,), (nheads, headdim)):
-        raise KernelError(f"ssd_state_update: D has shape {tuple(D.shape)}, not ({nheads},) or ({nheads}, {headdim})")
-    for name, tensor in (("dt", dt), ("B", B), ("C", C), ("z", z)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise KernelError(f"ssd_state_update: {name} is {tensor.dtype}, but x is {x.dtype}")
-    if not (state.is_contiguous() and target.is_contiguous() and target.dtype == state.dtype):
-        raise KernelError("ssd_state_update: the state must be contiguous, in one dtype")
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    final_state = torch.empty_like(state) if final_state is None else final_state
+    options = (dt_softplus, dt_min, dt_max, y, final_state, tactic)
+    params, alive = _params(x, dt, A, B, C, D, dt_bias, state, z, *options)
+    launch("ssd_state_update", params, x)
+    del alive
+    return y, final_state
 
-    if batch == 0:
-        return y
-    x, dt, B, C = _row_dense(x), _row_dense(dt), _row_dense(B), _row_dense(C)
-    z = None if z is None else _row_dense(z)
-    A = A.float().contiguous()
-    D = None if D is None else D.float().contiguous()
-    dt_bias = None if dt_bias is None else dt_bias.float().contiguous()
-    p = _Params()
-    p.dtype, p.state_dtype = dtype_code(x.dtype), dtype_code(state.dtype)
-    p.batch, p.nheads, p.headdim, p.ngroups, p.d_state = batch, nheads, headdim, B.shape[1], d_state
-    p.dt_softplus, p.tactic, p.d_per_channel = int(dt_softplus), tactic, int(D is not None and D.dim() == 2)
-    p.dt_min, p.dt_max = dt_limit
-    for name, tensor in (("x", x), ("dt", dt), ("B", B), ("C", C), ("z", z), ("y", y)):
-        setattr(p, name, pointer(tensor))
-        if tensor is not None:
-            setattr(p, f"{name}_batch_stride", tensor.stride(0))
-    p.A, p.D, p.dt_bias = pointer(A), pointer(D), pointer(dt_bias)
-    p.state_in, p.state_out = pointer(state), pointer(target)
-    launch("ssd_state_update", p, like=x)
-    return y
+
+def ssd_state_update_tactics(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> list[int]:
+    """The tactics that cover these inputs, the selector's choice first."""
+    params, alive = _params(x, dt, A, B, C, None, None, state, None, True, 0.0, float("inf"), x, state, -1)
+    found = tactics("ssd_state_update", params)
+    del alive
+    return found

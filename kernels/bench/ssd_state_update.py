@@ -38,17 +38,18 @@ def bench(ctx: Context) -> list[Row]:
         for seed in range(sets_for(8 * size)):
             inputs = make(batch, nheads, 1, torch.bfloat16, seed)
             inputs.pop("dt_softplus")
-            sets.append({k: v[:, 0] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()})
+            sets.append(inputs)
         states = [torch.randn(batch, nheads, 64, 128, device="cuda") for _ in sets]
-        ours = [partial(ssd_state_update, h, **s, dt_softplus=True, out=torch.empty_like(s["x"]))
+        ours = [partial(ssd_state_update, **s, state=h, final_state=h, out=torch.empty_like(s["x"]))
                 for s, h in zip(sets, states, strict=True)]  # fmt: skip
-        others = [partial(theirs, peer, h, **s) for s, h in zip(sets, states, strict=True)]
+        tokens = [{k: v[:, 0] if k in ("x", "dt", "B", "C") else v for k, v in s.items()} for s in sets]
+        others = [partial(theirs, peer, h, **s) for s, h in zip(tokens, states, strict=True)]
         row = Row("ssd_state_update", f"{batch}, {nheads}", time_ms(ours), time_ms(others), size, "G state/s", 8 * size)
         row.floor_ms = row.bytes / ctx.copy_bandwidth * 1e3
         if batch <= 64:
             state = torch.randn_like(states[0])
-            expected = step_reference(state, **sets[0])
-            row.ours_error = relative_error(ssd_state_update(state.clone(), **sets[0], dt_softplus=True), expected)
-            row.peer_error = relative_error(theirs(peer, state.clone(), **sets[0]), expected)
+            expected = step_reference(state, **tokens[0])
+            row.ours_error = relative_error(ssd_state_update(**sets[0], state=state)[0][:, 0], expected)
+            row.peer_error = relative_error(theirs(peer, state.clone(), **tokens[0]), expected)
         rows.append(row)
     return rows

@@ -1,4 +1,5 @@
 #include "common.cuh"
+#include "early_launch.cuh"
 
 extern "C" const char* mamba_status_string(int status) {
   switch (status) {
@@ -30,6 +31,11 @@ static int attribute(cudaDeviceAttr which, int (&cached)[64]) {
 int sm_count() {
   static int cached[64] = {};
   return attribute(cudaDevAttrMultiProcessorCount, cached);
+}
+
+int compute_major() {
+  static int cached[64] = {};
+  return attribute(cudaDevAttrComputeCapabilityMajor, cached);
 }
 
 size_t max_shared_bytes() {

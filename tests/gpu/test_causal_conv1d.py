@@ -30,7 +30,18 @@ def reference(x: Any, weight: Any, bias: Any, state: Any, lens: Any, activation:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 64, 4), (2, 2, 72, 4), (2, 37, 96, 4), (1, 200, 33, 4), (3, 65, 40, 2), (1, 100, 128, 8), (2, 50, 24, 3)],
+    [
+        *(
+            (1, 1, 64, 4),
+            (2, 2, 72, 4),
+            (2, 37, 96, 4),
+            (1, 200, 33, 4),
+            (3, 65, 40, 2),
+            (1, 100, 128, 8),
+            (2, 50, 24, 3),
+        ),
+        *((3, 1, 33, 3), (5, 1, 264, 8), (2, 7, 136, 8), (1, 3000, 256, 4)),
+    ],
     ids=str,
 )
 def test_matches_float64(shape: tuple[int, ...], dtype: Any) -> None:
@@ -48,7 +59,7 @@ def test_matches_float64(shape: tuple[int, ...], dtype: Any) -> None:
             expected, present = reference(x, weight, bias, state, lens, not wide_weight)
             if ragged:
                 x[torch.arange(seqlen, device="cuda")[None, :] >= lens[:, None]] = float("nan")
-            for tactic in (-1, 4, 64):
+            for tactic in (-1, 1, 4, 64):
                 y = torch.full_like(x, float("nan"))
                 options = {"seq_lens": lens if ragged else None, "activation": not wide_weight, "tactic": tactic}
                 _, out = causal_conv1d(x, weight, bias, state, **options, out=y)
@@ -58,3 +69,20 @@ def test_matches_float64(shape: tuple[int, ...], dtype: Any) -> None:
                     in_place = state.clone()
                     causal_conv1d(x, weight, bias, in_place, **options, final_state=in_place)
                     assert torch.equal(in_place, out)
+
+
+def test_rows_of_no_tokens_keep_the_state() -> None:
+    for seqlen in (1, 5, 40):
+        x, state = torch.full((3, seqlen, 48), float("nan"), device="cuda"), torch.randn(3, 48, 3, device="cuda")
+        lens = torch.zeros(3, device="cuda", dtype=torch.int32)
+        weight = torch.randn(48, 4, device="cuda")
+        y, out = causal_conv1d(x, weight, None, state, lens)
+        assert not y.any() and torch.equal(out, state)
+
+
+def test_bitwise_reproducible() -> None:
+    x, weight = torch.randn(2, 700, 256, device="cuda").bfloat16(), torch.randn(256, 4, device="cuda").bfloat16()
+    first = causal_conv1d(x, weight)
+    for _ in range(3):
+        again = causal_conv1d(x, weight)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])

@@ -8,8 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kernels.library import KernelError  # noqa: E402
-from kernels.ssd_state_update import ssd_state_update  # noqa: E402
+from kernels.ssd_state_update import ssd_state_update, ssd_state_update_tactics  # noqa: E402
 
 from .test_ssd_scan import error, make, reference  # noqa: E402
 
@@ -38,17 +37,36 @@ def test_matches_float64(shape: tuple[int, ...], dtype: Any, state_dtype: Any) -
         inputs["D"] = torch.randn(nheads, headdim, device="cuda")
     state = inputs.pop("initial_state").to(state_dtype)
     expected, final = reference(**inputs, initial_state=state)
-    step = {k: v[:, 0] if k in ("x", "dt", "B", "C", "z") and v is not None else v for k, v in inputs.items()}
-    for tactic in (-1, 0, 1, 2, 3, 4):
-        out = torch.full((batch, nheads, headdim), float("nan"), dtype=dtype, device="cuda")
+    for tactic in (-1, *ssd_state_update_tactics(*(inputs[name] for name in ("x", "dt", "A", "B", "C")), state)):
+        out = torch.full(inputs["x"].shape, float("nan"), dtype=dtype, device="cuda")
         in_place, elsewhere = state.clone(), torch.full_like(state, float("nan"))
-        try:
-            ssd_state_update(in_place, **step, out=out, tactic=tactic)
-        except KernelError:  # the vector tactics need rows of whole vectors, aligned
-            assert tactic > 0 and headdim % 8
-            continue
-        assert error(out, expected[:, 0]) < TOLERANCE[dtype]
-        assert error(in_place, final) < TOLERANCE[state_dtype]
+        ssd_state_update(**inputs, state=in_place, final_state=in_place, out=out, tactic=tactic)
+        assert error(out, expected) < TOLERANCE[dtype], tactic
+        assert error(in_place, final) < TOLERANCE[state_dtype], tactic
         kept = state.clone()
-        ssd_state_update(kept, **step, out_state=elsewhere, tactic=tactic)
-        assert torch.equal(elsewhere, in_place) and torch.equal(kept, state)
+        ssd_state_update(**inputs, state=kept, final_state=elsewhere, tactic=tactic)
+        assert torch.equal(elsewhere, in_place) and torch.equal(kept, state), tactic
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_extreme_steps(dtype: Any) -> None:
+    inputs = make((3, 1, 8, 64, 1, 128), dtype, seed=7)
+    spread = torch.rand(inputs["dt"].shape, device="cuda")
+    inputs.update(dt=(10 ** (spread * 9.7 - 8)).to(dtype), dt_bias=None, dt_softplus=False)
+    inputs["A"] = -(10 ** torch.linspace(-4, 3, 8, device="cuda"))
+    state = inputs.pop("initial_state")
+    for limits in ((0.0, float("inf")), (1e-3, 0.5)):
+        expected, final = reference(**inputs, initial_state=state, dt_limit=limits)
+        y, h = ssd_state_update(**inputs, state=state, dt_min=limits[0], dt_max=limits[1])
+        assert error(y, expected) < TOLERANCE[dtype]
+        assert error(h, final) < 2e-6
+
+
+def test_bitwise_reproducible() -> None:
+    inputs = make((65, 1, 24, 64, 1, 128), torch.bfloat16, seed=2)
+    state = inputs.pop("initial_state")
+    for tactic in (-1, 0, 1, 2, 3):
+        first = ssd_state_update(**inputs, state=state, tactic=tactic)
+        for _ in range(3):
+            again = ssd_state_update(**inputs, state=state, tactic=tactic)
+            assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])

@@ -1,0 +1,79 @@
+// Programmatic dependent launch, for kernels of a few microseconds: such a kernel is started while the one before it
+// in the stream still runs, brings its data into the L2 cache, and waits there. Before Hopper all of it does nothing.
+#pragma once
+
+#ifndef __CUDACC_RTC__
+#include "common.cuh"
+#endif
+
+namespace mamba {
+
+// To be called first: kernels behind this one in the stream may start as soon as every block of it has.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Nothing in global memory may be read or written before this: the kernel ahead may still be writing it.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A line of 128 bytes into the L2 cache, where later writes of the kernel ahead are seen: allowed before the wait.
+__device__ __forceinline__ void prefetch_line(const void* p) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+// 16 bytes in one access (an assignment of values just computed is split into its words by the compiler), to be evicted
+// first: a state is not read again before the next token.
+__device__ __forceinline__ uint4 load_state_16(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+__device__ __forceinline__ void store_state_16(void* p, uint4 v) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_16(void* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ void store_8(void* p, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
+
+// A load that stays where it is written instead of sinking to its use.
+__device__ __forceinline__ float load_early(const float* p) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p));
+  return v;
+}
+template <typename T> __device__ __forceinline__ T load_early(const T* p) {
+  uint16_t v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return *reinterpret_cast<T*>(&v);
+}
+
+#ifndef __CUDACC_RTC__
+int compute_major();  // of the current device, read once
+
+// Launches a kernel that calls wait_for_previous.
+template <typename... P>
+int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, P... arguments) {
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid, config.blockDim = block, config.stream = stream;
+  config.attrs = &early, config.numAttrs = compute_major() >= 9 ? 1 : 0;
+  const bool launched = cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess;
+  return launched && cudaGetLastError() == cudaSuccess ? MAMBA_OK : MAMBA_ERROR_CUDA;
+}
+#endif
+
+}  // namespace mamba
