@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_export.ops.builder import Builder, static_dim
+from mamba_export.ops.dispatch import on_gpu
 from mamba_export.ops.masks import zero_padding
 from mamba_export.ops.opdef import Attributes, Inputs, OpDef, make_schema, onnx_op
 
@@ -58,6 +59,9 @@ def causal_conv1d(
 ) -> tuple[Tensor, Tensor]:
     """The torch op; see :func:`causal_conv1d_reference` for shapes."""
     return causal_conv1d_reference(x, weight, bias, state, seq_lens, activation)
+
+
+causal_conv1d.register_kernel("cuda")(on_gpu("causal_conv1d", causal_conv1d_reference))
 
 
 @causal_conv1d.register_fake

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_export.ops.builder import Builder, static_dim
+from mamba_export.ops.dispatch import on_gpu
 from mamba_export.ops.masks import valid_mask, zero_padding
 from mamba_export.ops.opdef import Attributes, Inputs, OpDef, fake_scan, make_schema, onnx_op
 
@@ -96,6 +97,7 @@ def selective_scan(
     return selective_scan_reference(u, delta, A, B, C, D, delta_bias, state, z, seq_lens, delta_softplus, reverse)
 
 
+selective_scan.register_kernel("cuda")(on_gpu("selective_scan", selective_scan_reference))
 selective_scan.register_fake(fake_scan)
 
 

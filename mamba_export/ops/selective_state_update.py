@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_export.ops.builder import Builder
+from mamba_export.ops.dispatch import Op, on_gpu
 from mamba_export.ops.opdef import Attributes, Inputs, OpDef, fake_scan, make_schema, onnx_op
 from mamba_export.ops.selective_scan import INPUTS, ScanInputs, linear_attention, selective_scan_reference
 
@@ -46,6 +47,12 @@ def selective_state_update(
     return selective_scan_reference(u, delta, A, B, C, D, delta_bias, state, z, delta_softplus=delta_softplus)
 
 
+def _reference(*arguments: Any) -> tuple[Tensor, Tensor]:
+    scan: Op = selective_scan_reference
+    return scan(*arguments[:9], None, *arguments[9:])
+
+
+selective_state_update.register_kernel("cuda")(on_gpu("selective_state_update", _reference))
 selective_state_update.register_fake(fake_scan)
 
 

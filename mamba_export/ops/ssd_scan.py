@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_export.ops.builder import Builder, static_dim
+from mamba_export.ops.dispatch import on_gpu
 from mamba_export.ops.masks import valid_mask, zero_padding
 from mamba_export.ops.opdef import Attributes, Inputs, OpDef, fake_scan, make_schema, onnx_op
 
@@ -105,6 +106,7 @@ def ssd_scan(
     return ssd_scan_reference(*(x, dt, A, B, C, D, dt_bias, state, z, seq_lens, dt_softplus, dt_min, dt_max, reverse))
 
 
+ssd_scan.register_kernel("cuda")(on_gpu("ssd_scan", ssd_scan_reference))
 ssd_scan.register_fake(fake_scan)
 
 

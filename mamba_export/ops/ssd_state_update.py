@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mamba_export.ops.builder import Builder
+from mamba_export.ops.dispatch import Op, on_gpu
 from mamba_export.ops.opdef import Attributes, Inputs, OpDef, fake_scan, make_schema, onnx_op
 from mamba_export.ops.ssd_scan import (
     INPUTS,
@@ -53,6 +54,12 @@ def ssd_state_update(
     return ssd_scan_reference(x, dt, A, B, C, D, dt_bias, state, z, None, dt_softplus, dt_min, dt_max)
 
 
+def _reference(*arguments: Any) -> tuple[Tensor, Tensor]:
+    scan: Op = ssd_scan_reference
+    return scan(*arguments[:9], None, *arguments[9:])
+
+
+ssd_state_update.register_kernel("cuda")(on_gpu("ssd_state_update", _reference))
 ssd_state_update.register_fake(fake_scan)
 
 

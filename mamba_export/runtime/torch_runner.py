@@ -1,4 +1,4 @@
-"""Run a checkpoint itself, in torch on the CPU: the oracle of verification."""
+"""Run a checkpoint itself, in torch: the oracle of verification."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class TorchRunner:
         compute: the precision of the arithmetic, ``fp32`` or ``fp64``.
         layout: in which :meth:`state_to_numpy` gives Mamba-2 states.
         quantized: run this quantized model of the checkpoint.
+        device: where it runs; on ``cuda`` the ops take the kernels (see :mod:`mamba_export.ops.dispatch`).
     """
 
     def __init__(
@@ -34,10 +35,11 @@ class TorchRunner:
         compute: str = "fp32",
         layout: Layout = "PN",
         quantized: QuantizedModel | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        self.spec, self.layout = checkpoint.spec, layout
+        self.spec, self.layout, self.device = checkpoint.spec, layout, torch.device(device)
         self._wide = torch.float64 if compute == "fp64" else torch.float32
-        self.prefill_model = load_model(checkpoint, dtype, compute)
+        self.prefill_model = load_model(checkpoint, dtype, compute).to(self.device)
         self.step_model = _step_twin(self.prefill_model, compute)
         if quantized is not None:
             from mamba_export.calibration.simulation import apply
@@ -46,19 +48,19 @@ class TorchRunner:
 
     def initial_state(self, batch: int) -> StateValues:
         states = state_table(self.spec, "fp32")
-        return {s.name: torch.zeros(batch, *s.shape, dtype=self._wide) for s in states}
+        return {s.name: torch.zeros(batch, *s.shape, dtype=self._wide, device=self.device) for s in states}
 
     def prefill(
         self, input_ids: Ids, state: StateValues, seq_lens: NDArray[np.int32] | None = None
     ) -> tuple[Logits, StateValues]:
-        lens = None if seq_lens is None else torch.from_numpy(seq_lens.astype(np.int32))
+        lens = None if seq_lens is None else torch.from_numpy(seq_lens.astype(np.int32)).to(self.device)
         return self._run(self.prefill_model, input_ids, state, lens)
 
     def step(self, input_ids: Ids, state: StateValues) -> tuple[Logits, StateValues]:
         return self._run(self.step_model, input_ids, state, None)
 
     def state_to_numpy(self, state: StateValues) -> dict[str, NDArray[Any]]:
-        arrays = {name: value.numpy() for name, value in state.items()}
+        arrays = {name: value.cpu().numpy() for name, value in state.items()}
         if self.layout == "NP" and self.spec.family == "mamba2":
             swap = {name: a.swapaxes(-1, -2) for name, a in arrays.items() if name.startswith("ssm_state")}
             arrays.update(swap)
@@ -69,15 +71,16 @@ class TorchRunner:
         state = {}
         for name, array in arrays.items():
             values = array.swapaxes(-1, -2) if swap and name.startswith("ssm_state") else array
-            state[name] = torch.from_numpy(np.ascontiguousarray(values)).to(self._wide)
+            state[name] = torch.from_numpy(np.ascontiguousarray(values)).to(self.device, self._wide)
         return state
 
     def _run(
         self, model: MambaLM, ids: Ids, state: StateValues, seq_lens: torch.Tensor | None
     ) -> tuple[Logits, StateValues]:
         with torch.inference_mode():
-            logits, *presents = model(torch.from_numpy(np.ascontiguousarray(ids)), list(state.values()), seq_lens)
-        return logits.float().numpy(), dict(zip(state, presents, strict=True))
+            tokens = torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)
+            logits, *presents = model(tokens, list(state.values()), seq_lens)
+        return logits.float().cpu().numpy(), dict(zip(state, presents, strict=True))
 
 
 def _step_twin(model: MambaLM, compute: str) -> MambaLM:
