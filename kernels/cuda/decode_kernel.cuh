@@ -1,0 +1,480 @@
+// Whole-stack decode: one block to a multiprocessor; blocks exchange a vector four times a layer (three for Mamba-2).
+//
+//   Mamba-1: hidden -> [in_proj, convolution] -> u -> [x_proj] -> dt, B, C -> [dt_proj, scan, gate] -> y -> [out_proj]
+//   Mamba-2: hidden -> [in_proj, convolution] -> B, C, dt -> [scan, gate] -> y -> [norm, out_proj]
+//
+// A block owns channels (their rows of in_proj and dt_proj, their states), some rows of what gives dt, B and C, rows of
+// out_proj with their part of the residual, and rows of the head. Every word it sends depends, through the exchanges
+// before, on all blocks having read the word that was there: the buffers need no second copy.
+#pragma once
+
+#include "decode_product.cuh"
+
+namespace mamba::decode {
+
+#ifdef MAMBA_DECODE_TRACE
+constexpr int kMarks = 4000;
+__device__ long long trace_buffer[132][kMarks];
+__device__ int flight_mode = 0;
+#endif
+
+// What a thread needs for one channel's convolution, loaded a layer ahead.
+template <typename T> struct Conv {
+  T weight[kMaxConv], state[kMaxConv - 1], bias;  // as they lie there: a conversion would wait for the load
+  __device__ __forceinline__ void load(const Layer& l, const void* state_in, int c, int taps) {
+    const T* w = static_cast<const T*>(l.conv_weight) + int64_t(c) * taps;
+    const T* s = static_cast<const T*>(state_in) + int64_t(c) * (taps - 1);
+    bias = static_cast<const T*>(l.conv_bias)[c];
+#pragma unroll
+    for (int i = 0; i < kMaxConv; i++) {
+      if (i < taps) weight[i] = w[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kMaxConv - 1; i++) {
+      if (i < taps - 1) state[i] = s[i];
+    }
+  }
+  // The new input goes in, the oldest goes out; returns the convolution.
+  __device__ __forceinline__ float step(float x, void* state_out, int c, int taps) const {
+    float sum = to_float(bias);
+    T* s = static_cast<T*>(state_out) + int64_t(c) * (taps - 1);
+#pragma unroll
+    for (int i = 0; i < kMaxConv - 1; i++) {
+      if (i < taps - 1) {
+        sum = fmaf(to_float(weight[i]), to_float(state[i]), sum);
+        if (i > 0) s[i - 1] = state[i];
+      }
+    }
+    s[taps - 2] = from_float<T>(x);
+#pragma unroll
+    for (int i = 0; i < kMaxConv; i++) {
+      if (i == taps - 1) sum = fmaf(to_float(weight[i]), x, sum);
+    }
+    return sum;
+  }
+};
+
+template <typename T, int kFamily> struct Stack {
+  const Params& p;
+  const Layer* layers;
+  const Plan& plan;
+  unsigned char* smem;
+  Ring ring;
+  Word *sent_u, *sent_x, *sent_y, *sent_hidden, *sent_best;
+  Share channels, x_rows, out_rows, head_rows;
+  static constexpr int kPack = sizeof(T) == 2 ? 2 : 1;  // values in a word of u and y
+
+  __device__ Stack(const Params& params, const Layer* l, const Plan& pl, unsigned char* shared)
+      : p(params), layers(l), plan(pl), smem(shared) {
+    const Carve c = carve<T>(p, plan);
+    uint64_t* bars = reinterpret_cast<uint64_t*>(smem + c.barriers);
+    ring = Ring{smem + c.ring, bars, bars + plan.slots, plan.slots, plan.slot_bytes};
+    Word* words = static_cast<Word*>(p.workspace);
+    sent_u = words, sent_x = sent_u + plan.words_u, sent_y = sent_x + plan.words_x;
+    sent_hidden = sent_y + plan.words_y, sent_best = sent_hidden + plan.words_hidden;
+    const int b = blockIdx.x;
+    channels = share(p.d_inner / plan.unit, plan.blocks, b, 0);
+    channels.first *= plan.unit, channels.count *= plan.unit;
+    x_rows = share(plan.x_rows, plan.blocks, b, plan.x_offset);
+    out_rows = share(p.d_model, plan.blocks, b, plan.out_offset);
+    head_rows = share(p.vocab_size, plan.blocks, b, plan.out_offset);
+  }
+
+  __device__ bool has_head(int step) const { return step >= p.n_forced - 1; }
+  // in_proj's rows of this block: of x, of z and, in Mamba-2, of B, C and dt.
+  __device__ int in_rows() const { return 2 * channels.count + (kFamily == 2 ? x_rows.count : 0); }
+
+  __device__ void produce() const;
+  __device__ void consume() const;
+};
+
+template <typename T, int kFamily> __device__ void Stack<T, kFamily>::produce() const {
+#ifdef MAMBA_DECODE_TRACE
+  Producer out(ring, flight_mode ? flight_mode : plan.flight);
+#else
+  Producer out(ring, plan.flight);
+#endif
+  const int n = channels.count, row = p.d_model * int(sizeof(T));
+  const int dt_row = p.dt_rank * int(sizeof(T)), a_row = p.d_state * 4;
+  // Rows [at, at + count) of a slot that lie in the stretch of `size` rows which begins at row `begin` of the list.
+  auto part = [&](const void* weight, int64_t first, int begin, int size, int at, int count) {
+    const int from = max(at, begin), to = min(at + count, begin + size);
+    return Piece{static_cast<const char*>(weight) + (first + from - begin) * row, max(0, to - from) * row};
+  };
+  auto rows = [&](const void* weight, Share s, int width, int shift) {
+    const int slot_rows = 1 << shift;
+#pragma unroll 1
+    for (int r = 0; r < s.count; r += slot_rows) {
+      const char* from = static_cast<const char*>(weight) + int64_t(s.first + r) * width * sizeof(T);
+      out.push({from, int(min(slot_rows, s.count - r) * width * sizeof(T))});
+    }
+  };
+  for (int step = 0; step < p.n_steps; step++) {
+    for (int i = 0; i < p.n_layer; i++) {
+      const Layer& l = layers[i];
+      const int total = in_rows(), x_first = channels.first + (kFamily == 2 ? p.d_inner : 0);
+      const int z_first = channels.first + (kFamily == 2 ? 0 : p.d_inner);
+#pragma unroll 1
+      for (int r = 0; r < total; r += 1 << plan.shift_model) {
+        const int count = min(1 << plan.shift_model, total - r);
+        out.push(part(l.in_proj, x_first, 0, n, r, count), part(l.in_proj, z_first, n, n, r, count),
+                 kFamily == 2 ? part(l.in_proj, 2 * p.d_inner + x_rows.first, 2 * n, x_rows.count, r, count) : Piece{});
+      }
+      if (kFamily == 1) {
+        rows(l.x_proj, x_rows, p.d_inner, plan.shift_inner);
+        for (int c = 0; c < n; c += plan.slot_channels) {
+          const int count = min(plan.slot_channels, n - c);
+          const int64_t first = channels.first + c;
+          out.push({static_cast<const char*>(l.dt_proj) + first * dt_row, count * dt_row},
+                   {reinterpret_cast<const char*>(l.A) + first * a_row, count * a_row});
+        }
+      }
+      rows(l.out_proj, out_rows, p.d_inner, plan.shift_inner);
+    }
+    if (has_head(step)) rows(p.lm_head, head_rows, p.d_model, plan.shift_model);
+  }
+}
+
+template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() const {
+  enum Stage { kIn, kX, kOut };
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, n = channels.count, N = p.d_state;
+  const int R = kFamily == 1 ? p.dt_rank : 0;  // words of dt before B and C; Mamba-2 has its dt behind them
+  const int conv_items = n + (kFamily == 2 ? x_rows.count : 0), head_dim = kFamily == 2 ? p.d_inner / p.nheads : 1;
+  const int heads_in_group = kFamily == 2 ? p.nheads / p.ngroups : 1;
+  const int bc = kFamily == 2 ? 2 * p.ngroups * N : 2 * N;
+  const float model_part = 1.0f / p.d_model, inner_part = 1.0f / p.d_inner;
+  const Carve at = carve<T>(p, plan);
+  float* x = reinterpret_cast<float*>(smem + at.x);
+  float* xdb = reinterpret_cast<float*>(smem + at.xdb);
+  float* partial = reinterpret_cast<float*>(smem + at.partial);
+  float* squares = reinterpret_cast<float*>(smem + at.squares);
+  float* residual = reinterpret_cast<float*>(smem + at.residual);
+  float* us = reinterpret_cast<float*>(smem + at.u);
+  float* zs = reinterpret_cast<float*>(smem + at.z);
+  float* state = reinterpret_cast<float*>(smem + at.state);
+  T* norm = reinterpret_cast<T*>(smem + at.norm);
+  T* gated = reinterpret_cast<T*>(smem + at.gated);
+
+  Cursor cursor;
+  // Two neighbours of a vector into its planes.
+  auto place = [&](int i, int width, float a, float b) {
+    float* to = x + (i % 8 / 4) * (width / 2) + i / 8 * 4 + i % 4;
+    *reinterpret_cast<float2*>(to) = make_float2(a, b);
+  };
+  auto fetch = [&](void* to, const void* from, int bytes) {
+#pragma unroll 1
+    for (int i = tid * 16; i < bytes; i += kThreads * 16) {
+      cp_async<16>(static_cast<char*>(to) + i, static_cast<const char*>(from) + i);
+    }
+  };
+  auto load_state = [&](int layer, int step) {
+    const float* from = step == 0 ? layers[layer].ssm_state_in : layers[layer].ssm_state_out;
+    fetch(state, from + int64_t(channels.first) * N, n * N * 4);
+  };
+  // Item i of the convolution: the block's channels, then (Mamba-2) its rows of B and C.
+  auto conv_channel = [&](int i) { return i < n ? channels.first + i : p.d_inner + x_rows.first + i - n; };
+  auto convolves = [&](int i) { return i < n || (i < conv_items && x_rows.first + i - n < bc); };
+  auto load_conv = [&](Conv<T>& conv, int layer, int step, int i) {
+    const Layer& l = layers[layer];
+    if (convolves(i)) conv.load(l, step == 0 ? l.conv_state_in : l.conv_state_out, conv_channel(i), p.d_conv);
+  };
+  // Channel c's value v of u or y; the lane `next` lanes on holds channel c + 1. All lanes call.
+  auto send_packed = [&](Word* to, int c, float v, int next, bool active, uint32_t epoch) {
+    if constexpr (kPack == 2) {
+      const float w = __shfl_down_sync(~0u, v, next);
+      if (active && c % 2 == 0) {
+        const pair_t<T> pair = from_float2<T>(v, w);
+        send(to + (channels.first + c) / 2, *reinterpret_cast<const uint32_t*>(&pair), epoch);
+      }
+    } else if (active) {
+      send(to + channels.first + c, v, epoch);
+    }
+  };
+
+  Shape* shapes = reinterpret_cast<Shape*>(smem + at.shapes);  // of the stages, the last of the head
+  if (tid == 0) {
+    shapes[kIn] = shape_of(in_rows(), p.d_model, plan.shift_model, false);
+    shapes[kX] = shape_of(x_rows.count, p.d_inner, plan.shift_inner, false);
+    shapes[kOut] = shape_of(out_rows.count, p.d_inner, plan.shift_inner, false);
+    shapes[3] = shape_of(head_rows.count, p.d_model, plan.shift_model, true);
+  }
+  Conv<T> conv;
+  load_conv(conv, 0, 0, tid);
+  fetch(norm, layers[0].norm, p.d_model * sizeof(T));
+  load_state(0, 0);
+  cp_async_commit();
+  cp_async_wait<0>();
+  block_sync();
+
+#ifdef MAMBA_DECODE_TRACE
+  int marks = 0;
+  auto mark = [&](int what) {
+    if (tid == 0 && marks < kMarks) trace_buffer[blockIdx.x][marks++] = (clock64() << 4) | what;
+  };
+#else
+  auto mark = [](int) {};
+#endif
+  uint32_t epoch = 0;
+  int64_t token = p.input_ids[0];
+  for (int step = 0; step < p.n_steps; step++) {
+    if (step > 0 && step < p.n_forced) token = p.input_ids[step];
+    const int passes = p.n_layer + has_head(step);
+    for (int layer = 0; layer < passes; layer++) {
+      const bool head = layer == p.n_layer, more = layer + 1 < p.n_layer;
+      const Layer& l = layers[head ? 0 : layer];
+      const int next = more ? layer + 1 : 0, next_step = more ? step : step + 1;
+      float best = -INFINITY;
+      int best_row = 0x7fffffff;
+#pragma unroll 1
+      for (int stage = kIn; stage <= (head ? kIn : kOut); stage++) {
+        if (stage == kX && (kFamily == 2 || x_rows.count == 0)) continue;
+        float square = 0.0f;
+
+        if (stage == kOut) {  // first dt_proj, the scan's update and the gate: eight lanes to a channel
+          const int sub = lane % 8, mine = warp * 4 + lane / 8;
+          float bias = 0.0f, D = 0.0f, a_head = 0.0f;
+          int dt_at = 0, b_at = R;
+          auto load = [&](int c) {
+            c += channels.first;
+            const int h = kFamily == 2 ? c / head_dim : c;
+            D = l.D[h];
+            if (kFamily == 1) bias = l.dt_bias[h];
+            else a_head = l.A[h], dt_at = bc + h, b_at = h / heads_in_group * N;
+          };
+          if (mine < n) load(mine);
+          receive<kThreads>(sent_x, plan.words_x, epoch, tid, [&](int i, uint32_t a, uint32_t b) {
+            *reinterpret_cast<float2*>(xdb + i) = make_float2(__uint_as_float(a), __uint_as_float(b));
+          });
+          mark(6);
+          cp_async_wait<0>();
+          block_sync();
+          mark(7);
+#pragma unroll 1
+          for (int first = 0; first < n; first += plan.slot_channels) {
+            const int count = min(plan.slot_channels, n - first);
+            const T* dt_rows = reinterpret_cast<const T*>(ring.at(cursor.slot));
+            const float* A = reinterpret_cast<const float*>(dt_rows + count * R);
+            if (kFamily == 1) ring.wait(cursor);
+#pragma unroll 1
+            for (int base = warp * 4; base < count; base += 4 * kWarps) {
+              const int k = base + lane / 8, c = first + k;
+              const bool active = k < count;
+              float y = 0.0f;
+              if (active) {
+                if (c != mine) load(c);
+                const unsigned eight = 0xffu << (lane & 24);
+                const float* B = xdb + b_at;
+                const float* C = B + bc / 2;
+                float dt = 0.0f, decay = 0.0f;
+                if (kFamily == 1) {
+#pragma unroll 2
+                  for (int j = 2 * sub; j < R; j += 16) {
+                    const float2 w = to_float2(*reinterpret_cast<const pair_t<T>*>(dt_rows + k * R + j));
+                    dt = fmaf(w.x, xdb[j], fmaf(w.y, xdb[j + 1], dt));
+                  }
+#pragma unroll
+                  for (int o = 4; o; o /= 2) dt += __shfl_xor_sync(eight, dt, o);
+                  dt = softplus<true>(dt + bias);
+                } else {
+                  dt = xdb[dt_at];
+                  decay = ex2(dt * kLog2e * a_head);
+                }
+                const float u = us[c], du = dt * u;
+                float* h = l.ssm_state_out + int64_t(channels.first + c) * N;
+#pragma unroll(kFamily == 2 ? 4 : 1)
+                for (int j = 2 * sub; j < N; j += 16) {
+                  float2 a = make_float2(decay, decay);
+                  if (kFamily == 1) {
+                    a = *reinterpret_cast<const float2*>(A + k * N + j);
+                    a = make_float2(ex2(dt * kLog2e * a.x), ex2(dt * kLog2e * a.y));
+                  }
+                  float2 s = *reinterpret_cast<const float2*>(state + c * N + j);
+                  const float2 b = *reinterpret_cast<const float2*>(B + j), d = *reinterpret_cast<const float2*>(C + j);
+                  s.x = fmaf(a.x, s.x, du * b.x);
+                  s.y = fmaf(a.y, s.y, du * b.y);
+                  *reinterpret_cast<float2*>(h + j) = s;
+                  y = fmaf(d.x, s.x, fmaf(d.y, s.y, y));
+                }
+#pragma unroll
+                for (int o = 4; o; o /= 2) y += __shfl_xor_sync(eight, y, o);
+                y = fmaf(D, u, y) * zs[c];
+              }
+              send_packed(sent_y, c, y, 8, active && sub == 0, epoch);
+            }
+            if (kFamily == 1) {
+              __syncwarp();
+              if (lane == 0) ring.release(cursor.slot);
+              cursor.advance(ring.slots);
+            }
+          }
+        }
+
+        mark(0);
+        // The vector that the stage multiplies, into shared memory.
+        auto take_hidden = [&](int i, float a, float b) {  // its mean of squares goes along in pieces
+          square = fmaf(a, a, fmaf(b, b, square));
+          const float2 w = to_float2(*reinterpret_cast<const pair_t<T>*>(norm + i));
+          place(i, p.d_model, a * w.x, b * w.y);
+        };
+        if (stage != kIn) {
+          receive<kThreads>(stage == kX ? sent_u : sent_y, p.d_inner / kPack, epoch, tid, [&](int i, uint32_t a, uint32_t b) {
+            if constexpr (kPack == 2) {
+              float2 v = to_float2(*reinterpret_cast<pair_t<T>*>(&a)), w = to_float2(*reinterpret_cast<pair_t<T>*>(&b));
+              if (kFamily == 2) {
+                square = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(w.x, w.x, fmaf(w.y, w.y, square))));
+                const float2 f = to_float2(reinterpret_cast<const pair_t<T>*>(gated)[i]);
+                const float2 g = to_float2(reinterpret_cast<const pair_t<T>*>(gated)[i + 1]);
+                v.x *= f.x, v.y *= f.y, w.x *= g.x, w.y *= g.y;
+              }
+              float* to = x + (i % 4 / 2) * (p.d_inner / 2) + i / 4 * 4;
+              *reinterpret_cast<float4*>(to) = make_float4(v.x, v.y, w.x, w.y);
+            } else {
+              float2 v = make_float2(__uint_as_float(a), __uint_as_float(b));
+              if (kFamily == 2) {
+                square = fmaf(v.x, v.x, fmaf(v.y, v.y, square));
+                const float2 f = to_float2(*reinterpret_cast<const pair_t<T>*>(gated + i));
+                v.x *= f.x, v.y *= f.y;
+              }
+              place(i, p.d_inner, v.x, v.y);
+            }
+          });
+        } else if (layer == 0) {
+          const T* row = static_cast<const T*>(p.embedding) + token * p.d_model;
+#pragma unroll 1
+          for (int i = 2 * tid; i < p.d_model; i += 2 * kThreads) {
+            const float2 v = to_float2(*reinterpret_cast<const pair_t<T>*>(row + i));
+            take_hidden(i, v.x, v.y);
+          }
+#pragma unroll 1
+          for (int i = tid; i < out_rows.count; i += kThreads) residual[i] = to_float(row[out_rows.first + i]);
+          epoch++;
+        } else {
+          receive<kThreads>(sent_hidden, p.d_model, epoch, tid, [&](int i, uint32_t a, uint32_t b) {
+            take_hidden(i, __uint_as_float(a), __uint_as_float(b));
+          });
+          epoch++;
+        }
+        squares[tid] = square;
+        mark(1);
+        block_sync();
+        mark(2);
+        if (stage == kOut && (more || next_step < p.n_steps)) {
+          load_state(next, next_step);
+        }
+        if (stage == kOut) cp_async_commit();
+        // The norm's scale: its sum is taken along with the first product's.
+        const bool normed = stage == kIn || (kFamily == 2 && stage == kOut);
+        float scale = 1.0f;
+        square = 0.0f;
+        if (normed) {
+#pragma unroll
+          for (int i = 0; i < kWarps; i++) square += squares[lane + 32 * i];
+        }
+        auto finish = [&](float total) {
+          const bool last = stage == kOut;
+          if (normed) {
+            scale = rsqrtf(total * (last ? inner_part : model_part) + (last ? p.gated_norm_eps : p.norm_eps));
+          }
+        };
+        const Shape shape = shapes[head ? 3 : stage];
+        const bool wants_logits = head && step == p.n_steps - 1 && p.logits;
+        Product<T>{ring, cursor, reinterpret_cast<const float4*>(x), warp, lane}.run(shape, square, finish, [&](int row, int part, float v) {
+          v *= scale;
+          if (!head) {
+            partial[row * kParts + part] = v;
+            return;
+          }
+          row += head_rows.first;
+          if (wants_logits) p.logits[row] = v;
+          if (v > best || best_row == 0x7fffffff) best = v, best_row = row;
+        });
+        mark(3);
+        if (head) break;
+        if (stage == kOut) cp_async_wait<1>();  // the norms; the state may take longer
+        block_sync();
+        mark(4);
+        auto sum_of = [&](int row) {
+          const float4 v = reinterpret_cast<const float4*>(partial)[row];
+          return v.x + (shape.part_shift > 0 ? v.y : 0.0f) + (shape.part_shift > 1 ? v.z + v.w : 0.0f);
+        };
+        if (stage == kIn) {
+          fetch(norm, more ? layers[layer + 1].norm : has_head(step) ? p.norm_f : layers[0].norm, p.d_model * sizeof(T));
+          if (kFamily == 2) fetch(gated, l.gated_norm, p.d_inner * sizeof(T));
+          cp_async_commit();
+#pragma unroll 1
+          for (int base = warp * 32; base < conv_items; base += kThreads) {
+            const int i = base + lane;
+            float u = 0.0f;
+            if (i < conv_items) {
+              u = sum_of(i < n ? i : i + n);
+              if (convolves(i)) {
+                u = rounded<T>(u);
+                u = rounded<T>(silu(conv.step(u, l.conv_state_out, conv_channel(i), p.d_conv)));
+              } else {  // Mamba-2: a head's dt
+                u = softplus<true>(u + l.dt_bias[x_rows.first + i - n - bc]);
+              }
+              if (i < n) us[i] = u, zs[i] = silu(rounded<T>(sum_of(n + i)));
+              if (kFamily == 2 && i >= n) send(sent_x + x_rows.first + i - n, u, epoch);
+            }
+            if (kFamily == 1) send_packed(sent_u, i, u, 1, i < n, epoch);
+            const bool again = base + kThreads < conv_items;
+            if (again || more || next_step < p.n_steps) {
+              load_conv(conv, again ? layer : next, again ? step : next_step, again ? i + kThreads : tid);
+            }
+          }
+        } else if (stage == kX) {
+#pragma unroll 1
+          for (int r = tid; r < shape.rows; r += kThreads) send(sent_x + x_rows.first + r, sum_of(r), epoch);
+        } else {
+#pragma unroll 1
+          for (int r = tid; r < shape.rows; r += kThreads) {
+            float v = residual[r] + sum_of(r);
+            if (!p.residual_fp32) v = rounded<T>(v);
+            residual[r] = v;
+            send(sent_hidden + out_rows.first + r, v, epoch);
+          }
+        }
+        mark(5);
+      }
+      if (!head || !p.output_ids) continue;
+
+      // The next token: the best of the block, then of all blocks.
+      auto best_of_block = [&] {
+        if (lane == 0) partial[warp] = best, partial[kWarps + warp] = __int_as_float(best_row);
+        block_sync();
+        best = partial[lane % kWarps], best_row = __float_as_int(partial[kWarps + lane % kWarps]);
+        best_of(best, best_row);
+        block_sync();
+      };
+      best_of_block();
+      if (tid < 2) send(sent_best + 2 * blockIdx.x + tid, tid ? uint32_t(best_row) : __float_as_uint(best), step + 1);
+      best = -INFINITY, best_row = 0x7fffffff;
+      receive<kThreads>(sent_best, 2 * plan.blocks, step + 1, tid, [&](int, uint32_t a, uint32_t b) {
+        const float v = __uint_as_float(a);
+        if (v > best || (v == best && int(b) < best_row)) best = v, best_row = int(b);
+      });
+      best_of(best, best_row);
+      best_of_block();
+      token = best_row;
+      if (blockIdx.x == 0 && tid == 0) p.output_ids[step - p.n_forced + 1] = token;
+      fetch(norm, layers[0].norm, p.d_model * sizeof(T));  // the last norm was in use until here
+      cp_async_commit();
+      cp_async_wait<0>();
+      block_sync();
+    }
+  }
+}
+
+template <typename T, int kFamily>
+__global__ void __launch_bounds__(kThreads + 32, 1) stack_kernel(const __grid_constant__ Params p,
+                                                                 const __grid_constant__ Layers layers,
+                                                                 const __grid_constant__ Plan plan) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  const Stack<T, kFamily> stack(p, layers.layer, plan, smem);
+  if (threadIdx.x == 0) stack.ring.init(kWarps);
+  __syncthreads();
+  if (threadIdx.x >= kThreads) stack.produce();
+  else stack.consume();
+}
+
+}  // namespace mamba::decode

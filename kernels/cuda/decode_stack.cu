@@ -1,0 +1,171 @@
+// decode_stack, the host's side: plans, checks, launches.
+#include "decode_chain.cuh"
+#include "decode_kernel.cuh"
+
+namespace mamba::decode {
+namespace {
+
+enum Tactic { kChain = 0, kFused = 1 };
+
+template <typename T> bool make_plan(const Params& p, Plan& plan) {
+  const int es = sizeof(T), mamba1 = p.family == 1, groups = mamba1 ? 1 : p.ngroups;
+  const int dt_width = mamba1 ? p.dt_rank : 0;
+  if (p.batch != 1 || p.n_layer > MAMBA_DECODE_MAX_LAYERS) return false;
+  if (p.d_model % 8 || p.d_inner % 8 || p.d_state % 4 || dt_width % 2 || p.d_conv < 2 || p.d_conv > kMaxConv) return false;
+  plan = Plan{};
+  plan.unit = 2;
+  while (plan.unit * dt_width * es % 16) plan.unit *= 2;
+  if (p.d_inner % plan.unit) return false;
+  const int units = p.d_inner / plan.unit;
+  plan.blocks = sm_count();
+  for (int most : {units, p.d_model, p.vocab_size}) plan.blocks = most < plan.blocks ? most : plan.blocks;
+  plan.x_rows = (mamba1 ? p.dt_rank : p.nheads) + 2 * groups * p.d_state;
+  if (plan.x_rows % 2) return false;
+  plan.channels_most = ceil_div(units, plan.blocks) * plan.unit;
+  plan.x_offset = units % plan.blocks;  // the leftovers of channels, x_rows and out_proj go to different blocks
+  plan.out_offset = (plan.blocks - p.d_model % plan.blocks) % plan.blocks;
+
+  const int row_model = p.d_model * es, row_inner = p.d_inner * es, row_channel = dt_width * es + p.d_state * 4;
+  const int widest = row_inner > row_model ? row_inner : row_model;
+  plan.slot_bytes = widest * (12288 / widest > 1 ? 12288 / widest : 1);
+  auto log2_of = [](int n) {
+    int k = 0;
+    while (2 << k <= n) k++;
+    return k;
+  };
+  plan.shift_model = log2_of(plan.slot_bytes / row_model);
+  plan.shift_inner = log2_of(plan.slot_bytes / row_inner);
+  plan.slot_channels = mamba1 ? plan.slot_bytes / row_channel / plan.unit * plan.unit : plan.channels_most;
+  if (plan.slot_channels < plan.unit) return false;
+  const int x_most = plan.x_rows / plan.blocks + 1;
+  plan.partials = 2 * plan.channels_most + (mamba1 ? 0 : x_most);
+  for (int least : {p.d_model / plan.blocks + 1, x_most, 2 * kWarps}) {
+    plan.partials = least > plan.partials ? least : plan.partials;
+  }
+  plan.words_y = p.d_inner / (es == 2 ? 2 : 1);
+  plan.words_u = mamba1 ? plan.words_y : 0;
+  plan.words_x = plan.x_rows;
+  plan.words_hidden = p.d_model;
+  plan.words_best = 2 * plan.blocks;
+
+  const Carve c = carve<T>(p, plan);
+  const size_t most = max_shared_bytes();
+  if (c.ring + 2 * size_t(plan.slot_bytes) > most) return false;
+  const size_t slots = (most - c.ring) / plan.slot_bytes;
+  plan.slots = int(slots < 64 ? slots : 64);
+  plan.flight = 49152 / plan.slot_bytes > 2 ? 49152 / plan.slot_bytes : 2;
+  plan.shared_bytes = c.ring + size_t(plan.slots) * plan.slot_bytes;
+  return true;
+}
+
+bool aligned_weights(const Params& p) {
+  bool ok = aligned(p.embedding, 16) && aligned(p.norm_f, 16) && aligned(p.lm_head, 16);
+  for (int i = 0; i < p.n_layer; i++) {
+    const Layer& l = p.layers[i];
+    const void* both[] = {l.norm, l.in_proj, l.out_proj, l.ssm_state_in, l.ssm_state_out};
+    const void* first[] = {l.x_proj, l.dt_proj, l.A};
+    for (const void* w : both) ok &= aligned(w, 16);
+    if (p.family == 1) {
+      for (const void* w : first) ok &= aligned(w, 16);
+    } else {
+      ok &= aligned(l.gated_norm, 16);
+    }
+  }
+  return ok;
+}
+
+int check(const Params& p) {
+  if (!p.layers || !p.embedding || !p.norm_f || !p.lm_head || !p.input_ids) return MAMBA_ERROR_NULL_POINTER;
+  if (p.dtype < MAMBA_F32 || p.dtype > MAMBA_BF16) return MAMBA_ERROR_DTYPE;
+  if (p.batch < 1 || p.batch > 65535 || p.n_layer < 1 || p.d_model < 1 || p.d_inner < 1 || p.d_state < 1 || p.d_conv < 2 ||
+      p.vocab_size < 1 || p.n_forced < 1 || p.n_steps < p.n_forced) {
+    return MAMBA_ERROR_SHAPE;
+  }
+  if (p.family == 2) {
+    if (p.nheads < 1 || p.ngroups < 1 || p.d_inner % p.nheads || p.nheads % p.ngroups) return MAMBA_ERROR_SHAPE;
+  } else if (p.family != 1 || p.dt_rank < 1) {
+    return MAMBA_ERROR_SHAPE;
+  }
+  if (p.n_steps > p.n_forced && !p.output_ids) return MAMBA_ERROR_NULL_POINTER;
+  for (int i = 0; i < p.n_layer; i++) {
+    const Layer& l = p.layers[i];
+    const void* both[] = {l.norm,    l.in_proj, l.conv_weight,   l.conv_bias,      l.out_proj,     l.dt_bias,
+                          l.A,       l.D,       l.conv_state_in, l.conv_state_out, l.ssm_state_in, l.ssm_state_out};
+    for (const void* w : both) {
+      if (!w) return MAMBA_ERROR_NULL_POINTER;
+    }
+    if (p.family == 1 ? !l.x_proj || !l.dt_proj : !l.gated_norm) return MAMBA_ERROR_NULL_POINTER;
+  }
+  return MAMBA_OK;
+}
+
+template <typename F> int with_type(const Params& p, F&& f) {
+  return dispatch(p.dtype, [&](auto t) { return f(t); });
+}
+
+bool covers_fused(const Params& p, Plan& plan) {
+  return aligned_weights(p) && with_type(p, [&](auto t) { return int(make_plan<decltype(t)>(p, plan)); }) == 1;
+}
+bool covers_chain(const Params& p) { return p.n_steps == 1 && !p.output_ids; }
+
+template <typename T> int launch_fused(const Params& p, const Plan& plan, cudaStream_t stream) {
+  Layers layers;
+  for (int i = 0; i < p.n_layer; i++) layers.layer[i] = p.layers[i];
+  const auto kernel = p.family == 1 ? stack_kernel<T, 1> : stack_kernel<T, 2>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)) != cudaSuccess ||
+      cudaMemsetAsync(p.workspace, 0, plan.words() * sizeof(Word), stream) != cudaSuccess) {
+    return MAMBA_ERROR_CUDA;
+  }
+  void* arguments[] = {const_cast<Params*>(&p), &layers, const_cast<Plan*>(&plan)};
+  const auto status = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.blocks),
+                                                  dim3(kThreads + 32), arguments, plan.shared_bytes, stream);
+  return status == cudaSuccess ? launch_status() : MAMBA_ERROR_CUDA;
+}
+
+}  // namespace
+}  // namespace mamba::decode
+
+using namespace mamba::decode;
+
+extern "C" size_t mamba_decode_stack_workspace(const mamba_decode_stack_params* params) {
+  Plan plan;
+  if (!params || check(*params) != MAMBA_OK) return 0;
+  const size_t fused = covers_fused(*params, plan) ? plan.words() * sizeof(Word) : 0;
+  const size_t chain = covers_chain(*params) ? chain_workspace(*params) : 0;
+  return fused > chain ? fused : chain;
+}
+
+extern "C" int mamba_decode_stack_tactics(const mamba_decode_stack_params* params, int32_t* out, int max) {
+  Plan plan;
+  if (!params || max < 2 || check(*params) != MAMBA_OK) return 0;
+  int count = 0;
+  if (covers_fused(*params, plan)) out[count++] = kFused;
+  if (covers_chain(*params)) out[count++] = kChain;
+  return count;
+}
+
+extern "C" int mamba_decode_stack(const mamba_decode_stack_params* params, mamba_stream stream) {
+  if (!params) return MAMBA_ERROR_NULL_POINTER;
+  const Params& p = *params;
+  const int status = check(p);
+  if (status != MAMBA_OK) return status;
+  Plan plan;
+  const bool fused = p.tactic != kChain && covers_fused(p, plan);
+  if (p.tactic > kFused || (p.tactic == kFused && !fused) || (!fused && !covers_chain(p))) return MAMBA_ERROR_TACTIC;
+  const auto s = static_cast<cudaStream_t>(stream);
+  const size_t needed = fused ? plan.words() * sizeof(Word) : chain_workspace(p);
+  if (!p.workspace || p.workspace_size < needed || !mamba::aligned(p.workspace, 16)) return MAMBA_ERROR_WORKSPACE;
+  return with_type(p, [&](auto t) {
+    return fused ? launch_fused<decltype(t)>(p, plan, s) : launch_chain<decltype(t)>(p, s);
+  });
+}
+
+#ifdef MAMBA_DECODE_TRACE
+extern "C" __attribute__((visibility("default"))) int mamba_decode_trace(long long* out) {
+  return cudaMemcpyFromSymbol(out, mamba::decode::trace_buffer, sizeof(mamba::decode::trace_buffer));
+}
+extern "C" __attribute__((visibility("default"))) int mamba_decode_poll(int mode, int flight) {
+  cudaMemcpyToSymbol(mamba::decode::flight_mode, &flight, sizeof(int));
+  return cudaMemcpyToSymbol(mamba::decode::poll_mode, &mode, sizeof(int));
+}
+#endif
