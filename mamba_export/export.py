@@ -28,7 +28,7 @@ from mamba_export.checkpoint import Checkpoint, open_checkpoint
 from mamba_export.errors import UsageError
 from mamba_export.extras import require
 from mamba_export.progress import Progress, silent
-from mamba_export.targets import get_target
+from mamba_export.targets import TARGETS, get_target
 from mamba_export.tokens import check_tokenizer
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ def export_onnx(
     dtype: str = "fp32",
     logits: Literal["last", "all"] = "last",
     ragged: bool = False,
+    fuse_step: bool = False,
     verify: bool = True,
     force: bool = False,
     format: str | None = None,
@@ -77,6 +78,7 @@ def export_onnx(
         dtype: of weights and activations. A, Δ, the scan and its state stay float32.
         logits: of the prefill graph: of the last valid position or of all.
         ragged: the prefill graph takes ``seq_lens`` for right-padded batches.
+        fuse_step: the step graph is one node, ``MambaDecodeStack``, with the usual graph as its function body.
         verify: compare the bundle with the torch model before it is handed over.
         force: replace an existing bundle.
         format: of the checkpoint, when detection is not wanted.
@@ -94,11 +96,14 @@ def export_onnx(
     if logits not in ("last", "all"):
         raise UsageError(f"logits can't be '{logits}'", "one of: last, all")
     get_target(target)
+    if fuse_step and not get_target(target).functions:
+        keeping = [t.name for t in TARGETS.values() if t.functions]
+        raise UsageError(f"target {target} has no place for a fused step", f"use --target {' or '.join(keeping)}")
     check_output(out, force)
     with open_checkpoint(ckpt, format) as checkpoint:
         if checkpoint.tokenizer is not None:
             check_tokenizer(checkpoint.tokenizer, checkpoint.spec.padded_vocab_size)
-        graphs = make_graphs(checkpoint, target, dtype, logits, ragged, progress)
+        graphs = make_graphs(checkpoint, target, dtype, logits, ragged, progress, fuse_step=fuse_step)
         return write_graphs(checkpoint, graphs, Path(out), verify, force, progress)
 
 
@@ -110,15 +115,18 @@ def make_graphs(
     ragged: bool,
     progress: Progress,
     quantized: QuantizedModel | None = None,
+    fuse_step: bool = False,
 ) -> Graphs:
     """Trace and lower all graphs of a bundle and give every weight its place."""
     from mamba_export.graph.external import place_weights
+    from mamba_export.graph.fuse import FuseStepPass
     from mamba_export.graph.lower import lower, lower_for_cpu
     from mamba_export.graph.trace import GraphKind, TraceOptions, trace
 
     options = TraceOptions(dtype, logits, ragged)
     models: dict[str, ir.Model] = {}
     kinds: dict[GraphKind, str] = {"prefill": PREFILL, "step": STEP}
+    fuse = FuseStepPass(checkpoint.spec) if fuse_step else None
     quantize = None
     if quantized is not None:
         from mamba_export.graph.quant import QuantizePass
@@ -129,6 +137,8 @@ def make_graphs(
             model = trace(checkpoint.spec, kind, options)
             for_cpu = lower_for_cpu(model, checkpoint.spec, dtype, get_target(target), quantize)
             models[file] = lower(model, checkpoint.spec, dtype, get_target(target), quantize)
+            if fuse is not None and kind == "step":
+                fuse(models[file])
             if for_cpu is not None:
                 models[CPU_GRAPHS[file]] = for_cpu
     manifest = Manifest(

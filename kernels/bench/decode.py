@@ -23,7 +23,7 @@ from mamba_export.spec import ModelSpec
 
 from ..decode_stack import DecodeStack
 from .harness import Context, copy_bandwidth
-from .peer_decode import graph_of, make_peer
+from .peer_model import make
 
 HERE = Path(__file__).resolve().parent
 MODELS = {
@@ -119,7 +119,8 @@ def time_generate(model: Any) -> float:
 
 @torch.inference_mode()
 def time_graph(model: Any) -> float:
-    run_graph = graph_of(model, LONG + 8)
+    generation = importlib.import_module("mamba_ssm.utils.generation")
+    run_graph = generation.update_graph_cache(model, None, 1, 1, LONG + 8).run
     ids = torch.ones(1, 1, dtype=torch.int64, device="cuda")
     position = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
 
@@ -153,7 +154,7 @@ def peer_logits(model: Any, tokens: list[int]) -> torch.Tensor:
 
 def measure(ctx: Context, name: str, generate: bool) -> str:
     d_model, n_layer, family = MODELS[name]
-    model = make_peer(ctx, d_model, n_layer, VOCABULARY, family, torch.bfloat16)
+    model = make(ctx, d_model, n_layer, torch.bfloat16, family, VOCABULARY)
     stack = DecodeStack(spec_of(d_model, n_layer, family), weights_of(model))
     tokens = [1, 17, 4711, 50000]
     theirs = peer_logits(model, tokens)
