@@ -64,7 +64,8 @@ def _portable(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Va
     assert narrow is not None and stream is not None
     total = op.Add(op.to(x, stream, narrow), inputs[2]) if attributes["has_residual"] else x
     value = op.to(total, wide, stream)
-    mean = op.ReduceMean(op.Mul(value, value), op.i64([-1]), keepdims=1)
+    # As a power and not as a product: the form in which ONNX Runtime and TensorRT know the norm, and fuse it.
+    mean = op.ReduceMean(op.Pow(value, op.f32(2.0)), op.i64([-1]), keepdims=1)
     scaled = op.Div(value, op.Sqrt(op.Add(mean, op.f32(attributes["epsilon"]))))
     y = op.Mul(scaled, op.to(weight, wide, weight.dtype))
     return [op.to(y, narrow, wide), total]

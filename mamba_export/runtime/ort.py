@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,8 @@ from mamba_export.bundle import PREFILL, STEP, Bundle
 from mamba_export.errors import EnvironmentProblem, MissingExtraError
 from mamba_export.extras import available
 from mamba_export.runtime.base import Ids, Logits, StateValues
-from mamba_export.runtime.ort_loop import OrtStepLoop
-from mamba_export.runtime.ort_session import AUTO, PROVIDERS, make_session, state_dtype
+from mamba_export.runtime.ort_loop import OrtStepLoop, StepBuffers
+from mamba_export.runtime.ort_session import AUTO, GRAPH_ID, PROVIDERS, make_session, state_dtype
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -25,8 +26,9 @@ class OrtRunner:
     """A bundle in ONNX Runtime; see :class:`mamba_export.runtime.base.Runner`.
 
     ``session_options`` are the keyword arguments of its sessions; see :func:`.ort_session.make_session`.
-    States stay in ONNX Runtime's own memory between calls. Each graph is loaded at its first use, so a loop of steps
-    never holds the prefill graph.
+    States stay in ONNX Runtime's own memory between calls, on a GPU on the device. Each graph is loaded at its first
+    use, so a loop of steps never holds the prefill graph. On a GPU a loop of steps replays CUDA graphs wherever all
+    nodes of the step graph run there.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class OrtRunner:
                 'pip install "mamba-export[gpu]"' if device == "cuda" else None,
             )
         self.bundle, self.spec, self.device = bundle, bundle.spec, device
+        self.cuda_graph = False
+        self._pools: dict[int, list[StepBuffers]] = {}  # by batch: of loops that have ended
         self.session_options: dict[str, Any] = {
             "threads": threads,
             "suited": suited,
@@ -76,7 +80,12 @@ class OrtRunner:
 
     @functools.cached_property
     def step_session(self) -> ort.InferenceSession:
-        """The session of step.onnx."""
+        """The session of step.onnx; ``cuda_graph`` then says whether it can record CUDA graphs."""
+        if self.device == "cuda":
+            with contextlib.suppress(EnvironmentProblem):  # some node has no CUDA kernel: nothing can be recorded
+                session = make_session(self.bundle, STEP, self.device, **self.session_options, cuda_graph=True)
+                self.cuda_graph = True
+                return session
         return make_session(self.bundle, STEP, self.device, **self.session_options)
 
     def initial_state(self, batch: int) -> StateValues:
@@ -114,7 +123,13 @@ class OrtRunner:
 
     def step_loop(self, state: StateValues, batch: int) -> OrtStepLoop:
         """A decode loop that starts from ``state`` of ``batch`` rows and changes its own copy in place."""
-        return OrtStepLoop(self.step_session, self.bundle.states, state, batch, self.spec.vocab_size, self.device)
+        session = self.step_session
+        pool = self._pools.setdefault(batch, []) if self.cuda_graph else []  # what has been recorded is worth keeping
+        if pool:
+            return OrtStepLoop(session, pool.pop(), state, pool)
+        states, vocab_size = self.bundle.states, self.spec.vocab_size
+        buffers = StepBuffers(session, states, batch, vocab_size, self.device, self.cuda_graph)
+        return OrtStepLoop(session, buffers, state, pool)
 
     def _run(
         self, session: ort.InferenceSession, feed: dict[str, NDArray[Any]], state: StateValues
@@ -123,7 +138,19 @@ class OrtRunner:
 
         make = onnxruntime.OrtValue.ortvalue_from_numpy
         values = {name: make(np.ascontiguousarray(array), self.device, 0) for name, array in feed.items()}
-        logits, *presents = session.run_with_ort_values(self._output_names, {**values, **state})
+        if self.device == "cpu":
+            outputs = session.run_with_ort_values(self._output_names, {**values, **state})
+        else:  # without a binding outputs come back to the host
+            binding = session.io_binding()
+            for name, value in {**values, **state}.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self._output_names:
+                binding.bind_output(name, "cpu" if name == "logits" else self.device, 0)
+            options = onnxruntime.RunOptions()
+            options.add_run_config_entry(GRAPH_ID, "-1")
+            session.run_with_iobinding(binding, options)
+            outputs = binding.get_outputs()
+        logits, *presents = outputs
         return logits.numpy(), {s.name: value for s, value in zip(self.bundle.states, presents, strict=True)}
 
     @functools.cached_property

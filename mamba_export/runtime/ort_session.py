@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import warnings
 from collections.abc import Callable
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+GRAPH_ID = "gpu_graph_id"
+"""Run option: which recorded CUDA graph a call replays, or records; -1: none."""
 _NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
 
 
@@ -48,6 +52,7 @@ def make_session(
     library: str | Path | None = AUTO,
     low_memory: bool = False,
     change: Callable[[bytes], bytes] | None = None,
+    cuda_graph: bool = False,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session of one of the bundle's graphs; with ``suited``, of the one that suits ``device`` best.
 
@@ -55,13 +60,15 @@ def make_session(
     bodies get the bodies, and on the CPU, which has no bfloat16 kernels, bfloat16 is computed in float32.
 
     Plugin ops are computed by the custom-op library ``library`` (AUTO: the one that
-    :func:`mamba_export.plugins.ort_library.find` knows; None: none), on the CPU alone; without one by their bodies.
+    :func:`mamba_export.plugins.ort_library.find` knows; None: none); without one by their bodies, which on a GPU
+    launch several kernels a token.
 
     With ``low_memory`` the weights are read where they lie in the mapped file instead of being packed into a copy, and
     scratch memory goes back to the system after each call; a step takes longer for it. Prefill never packs: over
     many tokens it gains nothing, and the mapped pages are shared with the step graph.
 
-    ``change`` gets the serialized graph last, and returns another one over the same weights.
+    ``change`` gets the serialized graph last, and returns another one over the same weights. With ``cuda_graph`` calls
+    through one binding are recorded and replayed (see :data:`GRAPH_ID`).
 
     Raises:
         EnvironmentProblem: ONNX Runtime can't run this graph; the message says why.
@@ -85,21 +92,41 @@ def make_session(
         source = change(source if isinstance(source, bytes) else Path(source).read_bytes())
     if isinstance(source, bytes):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.fspath(bundle.path))
-    providers = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
+    providers: list[Any] = [PROVIDERS[device]] + (["CPUExecutionProvider"] if device != "cpu" else [])
+    if device == "cuda":
+        _load_cuda_libraries()
+    if cuda_graph:
+        providers[0] = (PROVIDERS[device], {"enable_cuda_graph": "1"})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return onnxruntime.InferenceSession(source, options, providers=providers)
+            session = onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime raises its own classes, all plain Exceptions
         wanted = f"; this bundle needs {bundle.manifest.requires}" if bundle.manifest.requires else ""
         raise EnvironmentProblem(
             f"onnxruntime {onnxruntime.__version__} can't run {graph}: {str(error).splitlines()[0][:300]}{wanted}"
         ) from error
+    if PROVIDERS[device] not in session.get_providers():  # it would run on the CPU
+        raise EnvironmentProblem(
+            f"onnxruntime {onnxruntime.__version__} could not start its {PROVIDERS[device]}",
+            "it needs CUDA's libraries (cuBLAS, cuRAND, the runtime): from pip packages, or on LD_LIBRARY_PATH",
+        )
+    return session
+
+
+def _load_cuda_libraries() -> None:
+    """Load CUDA's libraries from their Python packages, where there are any. onnxruntime prints what it misses."""
+    import onnxruntime
+
+    preload = getattr(onnxruntime, "preload_dlls", None)  # since 1.21
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            preload()
 
 
 def _operators(bundle: Bundle, device: str, library: str | Path | None) -> Path | None:
     """The custom-op library for this bundle."""
-    if not bundle.target.plugins or device != "cpu" or library is None:
+    if not bundle.target.plugins or library is None:
         return None
     if library != AUTO:
         return Path(library)
@@ -107,7 +134,7 @@ def _operators(bundle: Bundle, device: str, library: str | Path | None) -> Path 
         from mamba_export.plugins import ort_library
     except ImportError:  # a checkout, neither installed nor started by cli.py
         return None
-    found: Path | None = ort_library.find()
+    found: Path | None = ort_library.find(cuda=device == "cuda")
     return found
 
 

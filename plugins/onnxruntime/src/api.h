@@ -78,6 +78,22 @@ class Context {
     return data;
   }
 
+  // The stream of the provider that runs this op: of CUDA, a cudaStream_t.
+  void* stream() const {
+    void* stream = nullptr;
+    check(api_, api_.KernelContext_GetGPUComputeStream(context_, &stream));
+    return stream;
+  }
+
+  // The memory that an input lies in, for an allocator of the same.
+  const OrtMemoryInfo* memory_of(std::size_t index) const {
+    const OrtValue* value = nullptr;
+    const OrtMemoryInfo* info = nullptr;
+    check(api_, api_.KernelContext_GetInput(context_, index, &value));
+    check(api_, api_.GetTensorMemoryInfo(value, &info));
+    return info;
+  }
+
   const OrtApi& api() const { return api_; }
   OrtKernelContext* get() const { return context_; }
 

@@ -18,5 +18,6 @@ using Compute = void (*)(const Node& node, const Context& context);
 void add_ops(const OrtApi& api, OrtCustomOpDomain* domain, const char* provider, Compute compute);
 
 void compute_cpu(const Node& node, const Context& context);
+void compute_cuda(const Node& node, const Context& context);  // in libraries built with CUDA
 
 }  // namespace mamba::ort

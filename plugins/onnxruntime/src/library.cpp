@@ -14,6 +14,9 @@ OrtCustomOpDomain* make_domain(const OrtApi& api) {
   OrtCustomOpDomain* domain = nullptr;
   mamba::ort::check(api, api.CreateCustomOpDomain("mamba", &domain));
   mamba::ort::add_ops(api, domain, nullptr, mamba::ort::compute_cpu);
+#if defined(MAMBA_CUDA)
+  mamba::ort::add_ops(api, domain, "CUDAExecutionProvider", mamba::ort::compute_cuda);
+#endif
   return domain;
 }
 
@@ -32,5 +35,12 @@ MAMBA_EXPORT OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* option
   }
 }
 
-// For doctor and for tests: the instruction set in use.
+// For doctor and for tests: the instruction set in use, and whether the CUDA provider is served too.
 MAMBA_EXPORT const char* mamba_ort_isa() { return mamba::kernels().name; }
+MAMBA_EXPORT int mamba_ort_cuda() {
+#if defined(MAMBA_CUDA)
+  return 1;
+#else
+  return 0;
+#endif
+}

@@ -28,8 +28,19 @@ struct Restored {
   double batch = 0, seqlen = 0, for_gpu = 1;
 };
 
+// Empty when the field says `expected`, with or without a final zero.
+std::string read_text(const PluginField& field, const std::string& name, const std::string& expected) {
+  if (field.type != PluginFieldType::kCHAR || field.length < 0 || (field.length > 0 && !field.data))
+    return "attribute " + name + " is not a string";
+  std::string text(static_cast<const char*>(field.data), static_cast<size_t>(field.length));
+  text = text.substr(0, text.find('\0'));
+  return text == expected ? "" : "attribute " + name + " = \"" + text + "\": this library has \"" + expected + "\" alone";
+}
+
 std::string read_field(const PluginField& field, Attributes* attributes, Restored* restored) {
   const std::string name = field.name ? field.name : "";
+  if (name == kVersionField) return read_text(field, name, kVersion);
+  if (name == kNamespaceField) return read_text(field, name, kNamespace);
   if (name == kTunedField)
     return read_number(field, 0, &restored->batch) && read_number(field, 1, &restored->seqlen) ? "" : "field " + name + " is damaged";
   if (name == kDeviceField) return read_number(field, 0, &restored->for_gpu) ? "" : "field " + name + " is damaged";

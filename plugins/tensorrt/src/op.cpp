@@ -68,6 +68,14 @@ std::string match_shape(const InputSpec& spec, const std::vector<int64_t>& shape
   return "";
 }
 
+// The types that input `index` may have, in words.
+std::string expected_types(const Attributes& attributes, size_t index, Type activation) {
+  std::string text;
+  for (const Type type : {Type::kFloat32, Type::kFloat16, Type::kBFloat16, Type::kInt32})
+    if (type_allowed(attributes, index, type, activation)) text += (text.empty() ? "" : " or ") + std::string(type_name(type));
+  return text;
+}
+
 }  // namespace
 
 Sizes::Sizes() {
@@ -122,7 +130,7 @@ std::string match(const Attributes& attributes, const std::vector<Tensor>& input
   }
   for (size_t i = 0; i < specs.size(); i++) {
     if (!type_allowed(attributes, i, inputs[i].type, inputs[0].type))
-      return std::string("input ") + specs[i].name + " has type " + type_name(inputs[i].type) + ", which is not supported here";
+      return std::string("input ") + specs[i].name + " has type " + type_name(inputs[i].type) + ", expected " + expected_types(attributes, i, inputs[0].type);
     const std::string wrong = match_shape(specs[i], inputs[i].shape, sizes);
     if (!wrong.empty()) return wrong;
   }
@@ -143,6 +151,10 @@ const char* type_name(Type type) {
     case Type::kFloat16: return "float16";
     case Type::kBFloat16: return "bfloat16";
     case Type::kInt32: return "int32";
+    case Type::kInt64: return "int64";
+    case Type::kInt8: return "int8";
+    case Type::kBool: return "bool";
+    case Type::kFloat8: return "float8";
     default: return "other";
   }
 }

@@ -17,7 +17,7 @@ namespace mamba_plugin {
 
 // What a tensor may hold. kActivation: float32, float16 or bfloat16, the same for all activations of a node.
 enum class Kind { kActivation, kFloat32, kState, kInt32 };
-enum class Type { kFloat32, kFloat16, kBFloat16, kInt32, kOther };
+enum class Type { kFloat32, kFloat16, kBFloat16, kInt32, kInt64, kInt8, kBool, kFloat8, kOther };
 
 struct Tensor {
   Type type = Type::kOther;

@@ -22,6 +22,10 @@ Type type_of(DataType type) {
     case DataType::kHALF: return Type::kFloat16;
     case DataType::kBF16: return Type::kBFloat16;
     case DataType::kINT32: return Type::kInt32;
+    case DataType::kINT64: return Type::kInt64;
+    case DataType::kINT8: return Type::kInt8;
+    case DataType::kBOOL: return Type::kBool;
+    case DataType::kFP8: return Type::kFloat8;
     default: return Type::kOther;
   }
 }
@@ -205,8 +209,9 @@ int Plugin::choose_tactic(const Sizes& sizes) {
   const std::vector<int32_t> valid = kernel_->tactics();
   if (tactic_ >= 0 && timed_here && std::find(valid.begin(), valid.end(), tactic_) != valid.end() && take(tactic_))
     return MAMBA_OK;
-  if (take(-1)) return MAMBA_OK;
-  return std::any_of(valid.begin(), valid.end(), take) ? MAMBA_OK : MAMBA_ERROR_WORKSPACE;
+  // The kernels' own choice comes first in their list. It is made here once, not at every launch.
+  if (std::any_of(valid.begin(), valid.end(), take) || take(-1)) return MAMBA_OK;
+  return MAMBA_ERROR_WORKSPACE;
 }
 
 int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t nb_inputs, const PluginTensorDesc*,
@@ -234,8 +239,14 @@ int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out,
     if (!inputs || !outputs) return fail("no buffers were given");
     if (launch_workspace_ > 0 && !workspace)
       return fail("the workspace is null, " + std::to_string(launch_workspace_) + " bytes are needed");
-    const int status = kernel_->launch(inputs, outputs, launch_tactic_, workspace, launch_workspace_, stream);
-    return status == MAMBA_OK ? 0 : fail(mamba_status_string(status));
+    int status = kernel_->launch(inputs, outputs, launch_tactic_, workspace, launch_workspace_, stream);
+    if (status == MAMBA_ERROR_TACTIC)  // chosen for buffers aligned as TensorRT's are, and these are not
+      status = kernel_->launch(inputs, outputs, -1, workspace, launch_workspace_, stream);
+    if (status == MAMBA_OK) return 0;
+    const std::vector<InputSpec> specs = inputs_of(attributes_);
+    for (size_t i = 0; i < specs.size() && status == MAMBA_ERROR_NULL_POINTER; i++)
+      if (!inputs[i]) return fail(std::string("input ") + specs[i].name + " has no buffer");
+    return fail(mamba_status_string(status));
   });
 }
 
@@ -259,6 +270,7 @@ const nvinfer1::PluginFieldCollection* Plugin::getFieldsToSerialize() noexcept {
       }
     }
     field_device_ = sized_for_gpu_ ? 1 : 0;
+    fields_.emplace_back(kVersionField, kVersion, PluginFieldType::kCHAR, 1);
     fields_.emplace_back(kTunedField, tuned_, PluginFieldType::kINT32, 2);
     fields_.emplace_back(kDeviceField, &field_device_, PluginFieldType::kINT32, 1);
     collection_.nbFields = static_cast<int32_t>(fields_.size());

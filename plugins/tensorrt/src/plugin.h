@@ -14,7 +14,8 @@ namespace mamba_plugin {
 
 constexpr char kVersion[] = "1";
 constexpr char kNamespace[] = "";
-// Names of the fields a serialized plugin has besides its attributes.
+// Names of the fields a serialized plugin has besides its attributes. The first two may also come from a node.
+constexpr char kVersionField[] = "plugin_version", kNamespaceField[] = "plugin_namespace";
 constexpr char kTunedField[] = "tuned_shape";   // int32 [batch, seqlen] at which the builder timed tactics
 constexpr char kDeviceField[] = "sized_for_gpu";  // int32: the workspace was planned for a GPU that was there
 

@@ -2,46 +2,13 @@
 // serialization, clones, and what must be refused. Needs no GPU and no TensorRT library.
 //
 //   plugin_host libmamba_plugins.so
-#include <NvInferRuntime.h>
-#include <dlfcn.h>
+#include <cstring>
 
-#include <cstdio>
-#include <memory>
-#include <string>
-#include <vector>
+#include "library.h"
 
-using namespace nvinfer1;
+using namespace plugin_tests;
 
 namespace {
-
-int g_checks = 0, g_failures = 0;
-std::vector<std::string> g_log;
-
-class Logger final : public ILogger {
- public:
-  void log(Severity, const char* text) noexcept override { g_log.emplace_back(text); }
-} g_logger;
-
-class Finder final : public ILoggerFinder {
- public:
-  ILogger* findLogger() override { return &g_logger; }
-};
-
-void check(bool good, const std::string& what) {
-  g_checks++;
-  if (good) return;
-  g_failures++;
-  std::printf("FAILED %s\n", what.c_str());
-  for (const std::string& line : g_log) std::printf("  log: %s\n", line.c_str());
-}
-
-// The last message names all of `words`.
-void check_message(const std::vector<std::string>& words, const std::string& what) {
-  const std::string last = g_log.empty() ? "" : g_log.back();
-  for (const std::string& word : words)
-    check(last.find(word) != std::string::npos, what + ": no '" + word + "' in '" + last + "'");
-  g_log.clear();
-}
 
 struct Input {
   DataType type;
@@ -76,13 +43,6 @@ std::vector<Case> cases() {
           {"MambaSsdStateUpdate", one_token(ssd), 7, true, true}};
 }
 
-Dims dims_of(const std::vector<int64_t>& sizes) {
-  Dims dims{};
-  dims.nbDims = static_cast<int32_t>(sizes.size());
-  for (size_t i = 0; i < sizes.size(); i++) dims.d[i] = sizes[i];
-  return dims;
-}
-
 std::vector<DynamicPluginTensorDesc> describe(const Case& c, const std::vector<Input>& inputs) {
   std::vector<Input> all = inputs;
   all.push_back(inputs[0]);
@@ -95,18 +55,6 @@ std::vector<DynamicPluginTensorDesc> describe(const Case& c, const std::vector<I
     descs.push_back(desc);
   }
   return descs;
-}
-
-IPluginV3OneBuild* build_of(IPluginV3* plugin) {
-  return static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
-}
-IPluginV3OneRuntime* runtime_of(IPluginV3* plugin) {
-  return static_cast<IPluginV3OneRuntime*>(plugin->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
-}
-
-std::unique_ptr<IPluginV3> make(IPluginCreatorV3One* creator, std::vector<PluginField> fields) {
-  const PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
-  return std::unique_ptr<IPluginV3>(creator->createPlugin("layer.7", &collection, TensorRTPhase::kBUILD));
 }
 
 void walk_types(const Case& c, IPluginV3OneBuild* build, const std::string& op) {
@@ -163,10 +111,17 @@ void walk_configure(const Case& c, IPluginV3OneBuild* build, const std::string& 
   check(build->configurePlugin(bad.data(), count, bad.data() + count, 2) != 0, op + " takes a state of the wrong shape");
   check_message({op, "layer.7", "state", "expected"}, op + " wrong state");
   inputs = c.inputs;
+  inputs[c.state].type = DataType::kINT8;
+  bad = describe(c, inputs);
+  check(build->configurePlugin(bad.data(), count, bad.data() + count, 2) != 0, op + " takes a state of int8");
+  check_message({op, "layer.7", "state", "int8", "expected", "float"}, op + " wrong type");
+  check(build->configurePlugin(good.data(), count, good.data() + count, 3) != 0, op + " takes a third output");
+  check_message({op, "layer.7", "3 outputs"}, op + " outputs");
+  inputs = c.inputs;
   inputs[0].dims.pop_back();
   bad = describe(c, inputs);
   check(build->configurePlugin(bad.data(), count, bad.data() + count, 2) != 0, op + " takes an input of the wrong rank");
-  check_message({op, "dimensions"}, op + " wrong rank");
+  check_message({op, "layer.7", "dimensions"}, op + " wrong rank");
 }
 
 // Serialize, create anew as at run time, and serialize again: the same fields with the same values.
@@ -180,13 +135,17 @@ void walk_serialization(IPluginCreatorV3One* creator, IPluginV3* plugin, const s
   check(first->nbFields == second->nbFields, op + " number of fields");
   for (int32_t i = 0; i < first->nbFields; i++) {
     const PluginField &a = first->fields[i], &b = second->fields[i];
-    bool same = a.type == b.type && a.length == b.length && std::string(a.name) == b.name;
-    for (int32_t k = 0; same && k < a.length; k++)
-      same = static_cast<const int32_t*>(a.data)[k] == static_cast<const int32_t*>(b.data)[k];  // floats by their bits
-    check(same, op + " field " + a.name);
+    const size_t bytes = static_cast<size_t>(a.length) * (a.type == PluginFieldType::kCHAR ? 1 : 4);
+    check(a.type == b.type && a.length == b.length && std::string(a.name) == b.name && !std::memcmp(a.data, b.data, bytes),
+          op + " field " + a.name);
   }
   std::unique_ptr<IPluginV3> copy(again->clone()), attached(runtime_of(again.get())->attachToContext(nullptr));
   check(copy && attached, op + " clone and attach");
+  std::vector<PluginField> newer(first->fields, first->fields + first->nbFields);
+  for (PluginField& field : newer)
+    if (std::string(field.name) == "plugin_version") field.data = "2";
+  check(!make(creator, newer), op + " takes an engine's node of version 2");
+  check_message({op, "layer.7", "plugin_version", "2"}, op + " version of an engine");
 }
 
 void walk_refusals(IPluginCreatorV3One* creator, const std::string& op) {
@@ -200,6 +159,13 @@ void walk_refusals(IPluginCreatorV3One* creator, const std::string& op) {
   check(!make(creator, {{"nonsense", &seven, PluginFieldType::kINT32, 1}}), op + " takes an unknown attribute");
   check_message({op, "nonsense"}, op + " unknown attribute");
   check(!make(creator, {{flag.c_str(), nullptr, PluginFieldType::kINT32, 1}}), op + " takes an attribute without data");
+  check_message({op, "layer.7", flag}, op + " attribute without data");
+  check(!make(creator, {{"plugin_version", "2", PluginFieldType::kCHAR, 1}}), op + " takes version 2");
+  check_message({op, "layer.7", "plugin_version", "2"}, op + " version");
+  check(!make(creator, {{"plugin_namespace", "other", PluginFieldType::kCHAR, 5}}), op + " takes another namespace");
+  check_message({op, "layer.7", "plugin_namespace", "other"}, op + " namespace");
+  check(!!make(creator, {{"plugin_version", "1", PluginFieldType::kCHAR, 2}, {"plugin_namespace", "", PluginFieldType::kCHAR, 0}}),
+        op + " refuses its own version");
   g_log.clear();
 }
 
@@ -240,28 +206,15 @@ void walk(const Case& c, IPluginCreatorV3One* creator) {
 
 int main(int argc, char** argv) {
   if (argc != 2) return std::fprintf(stderr, "usage: plugin_host libmamba_plugins.so\n"), 2;
-  void* library = dlopen(argv[1], RTLD_NOW | RTLD_LOCAL);
-  if (!library) return std::fprintf(stderr, "%s\n", dlerror()), 2;
-  using GetCreators = IPluginCreatorInterface* const* (*)(int32_t&);
-  const auto get = reinterpret_cast<GetCreators>(dlsym(library, "getCreators"));
-  const auto set = reinterpret_cast<void (*)(ILoggerFinder*)>(dlsym(library, "setLoggerFinder"));
-  const auto version = reinterpret_cast<int32_t (*)()>(dlsym(library, "mambaPluginTensorRTVersion"));
-  if (!get || !set || !version) return std::fprintf(stderr, "an entry point is missing\n"), 2;
-  check(version() == NV_TENSORRT_MAJOR * 10000 + NV_TENSORRT_MINOR * 100, "built against other headers than this host");
-  static Finder finder;
-  set(&finder);
-  int32_t count = 0;
-  IPluginCreatorInterface* const* creators = get(count);
-  check(count == static_cast<int32_t>(cases().size()), "number of creators");
+  const Library library(argv[1]);
+  check(library.size() == cases().size(), "number of creators");
   for (const Case& c : cases()) {
-    IPluginCreatorV3One* found = nullptr;
-    for (int32_t i = 0; i < count; i++) {
-      auto* creator = static_cast<IPluginCreatorV3One*>(creators[i]);
-      if (std::string(creator->getPluginName()) == c.op) found = creator;
-    }
-    check(found != nullptr, std::string("no creator for ") + c.op);
-    if (found) walk(c, found);
+    const std::string op = c.op;
+    IPluginCreatorV3One* creator = library.find(op);
+    check(creator != nullptr, "no creator for " + op);
+    check(!library.find(op, "2"), op + " has a version 2");
+    check(!library.find(op, "1", "other"), op + " lies in another namespace too");
+    if (creator) walk(c, creator);
   }
-  std::printf("%d checks, %d failed\n", g_checks, g_failures);
-  return g_failures ? 1 : 0;
+  return report();
 }

@@ -1,0 +1,82 @@
+"""The CUDA half of the ONNX Runtime library: op by op against the references, and whole models against the goldens.
+
+Needs a GPU, onnxruntime-gpu and a library built with ``--cuda``. No node may fall back to the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from mamba_export.plugins import ort_library
+
+from mamba_export import Bundle
+from mamba_export.engine.device import find_device
+from mamba_export.runtime import OrtRunner
+from tests.ops.onnx_runs import lower_op, node_inputs, sample_model
+from tests.ops.oracle import assert_closed_form
+from tests.ops.samples import Kind
+from tests.plugins.test_ort_library import LARGE, MODELS, large_sample
+
+Array = np.ndarray[Any, Any]
+
+if find_device() is None or "CUDAExecutionProvider" not in ort.get_available_providers():
+    pytest.skip("NOT TESTED: ONNX Runtime's CUDA library; no GPU, or no onnxruntime-gpu", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    found = ort_library.find(cuda=True)
+    if found is None:
+        pytest.skip("NOT TESTED: build it first: python -m mamba_export.plugins.ort_library --cuda")
+    return found
+
+
+@pytest.mark.parametrize(("kind", "length", "inner", "groups", "d_state"), LARGE)
+def test_ops(library: Path, kind: Kind, length: int, inner: tuple[int, ...], groups: int, d_state: int) -> None:
+    whole = large_sample(kind, length, inner, groups, d_state)
+    for sample, step in ((whole, False), (whole.piece(0, 1), True)):
+        options = ort.SessionOptions()
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        ort_library.register(options, library)
+        model = ir.to_proto(lower_op(sample_model(sample, None, step), "tensorrt-10.3")).SerializeToString()
+        session = ort.InferenceSession(model, options, providers=["CUDAExecutionProvider"])
+        feed = {f"x{i}": tensor.numpy() for i, tensor in enumerate(node_inputs(sample, None))}
+        y, present = session.run(["y", "present"], feed)
+        assert_closed_form((y, present), sample, 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models(
+    library: Path,
+    model: str,
+    tiny_checkpoint: Path,
+    shared_checkpoint: Callable[[str], Path],
+    make_bundle: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prefill, pieces of it, and the greedy text by steps recorded as CUDA graphs, in float32."""
+    monkeypatch.setenv(ort_library.ENVIRONMENT_VARIABLE, str(library))
+    ckpt = tiny_checkpoint if model == tiny_checkpoint.name else shared_checkpoint(model)
+    runner = OrtRunner(Bundle(make_bundle(ckpt=ckpt, target="tensorrt"), check=False), device="cuda")
+    with np.load(ckpt / "golden.npz") as data:
+        ids, wanted = data["input_ids"], data["logits_last64"]
+    head, state = runner.prefill(ids[:, :77], runner.initial_state(1))
+    tail, _ = runner.prefill(ids[:, 77:], state)
+    found = np.concatenate([head, tail], axis=1)[:, -wanted.shape[1] :]
+    assert np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 2e-3  # TF32 products
+    for case in json.loads((ckpt / "golden_greedy.json").read_text()):
+        _, state = runner.prefill(np.array([case["prompt_ids"][:-1]]), runner.initial_state(1))
+        loop, token = runner.step_loop(state, 1), case["prompt_ids"][-1]
+        for expected in case["greedy_ids"]:
+            token = int(loop.step(np.array([[token]]))[0, -1].argmax())
+            assert token == expected, case["prompt"]
+    assert runner.cuda_graph
+    assert torch.cuda.is_available()
