@@ -72,7 +72,7 @@ def quantize_model(
                 tick(1)
         quantize_vocabulary(checkpoint, recipe, quantized, dtype)
     quantized.state = recipe.state  # type: ignore[assignment]
-    quantized.recipe = facts
+    quantized.recipe = {**facts, "promoted": quantized.promoted}
     return quantized
 
 

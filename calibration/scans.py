@@ -1,4 +1,4 @@
-"""The two scans in plain torch, in chunks: fast on CPU and GPU alike, and differentiable.
+"""The ops of the model in plain torch, scans in chunks: fast on CPU and GPU alike, and differentiable.
 
 They compute what :mod:`mamba_export.ops` defines, for full rows and forward in time: what calibration needs.
 """
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mamba_export.models import mamba1, mamba2
+from mamba_export.models import conv, lm, mamba1, mamba2
+from mamba_export.ops.rms_norm import add_rms_norm_reference
 
 CHUNK = 64
 _CHUNK_1 = 16  # of Mamba-1, whose states take much memory
@@ -117,12 +118,27 @@ def ssd_scan(
     return (y if z is None else y * F.silu(z)), h
 
 
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, seq_lens: Tensor | None = None, activation: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The convolution as a sum of shifted products; shapes as in :mod:`mamba_export.ops.causal_conv1d`."""
+    assert seq_lens is None
+    kernel, length = weight.shape[1], x.shape[1]
+    padded = torch.cat([state.transpose(1, 2), x], 1)
+    y = bias + weight[:, 0] * padded[:, :length]
+    for j in range(1, kernel):
+        y = y + weight[:, j] * padded[:, j : j + length]
+    return (F.silu(y) if activation else y), padded[:, length:].transpose(1, 2)
+
+
 @contextlib.contextmanager
 def fast_scans() -> Iterator[None]:
-    """Inside, the torch model runs the scans of this file."""
+    """Inside, the torch model runs the ops of this file, in float32, and gradients flow through all of it."""
     ours: list[tuple[ModuleType, str, Any]] = [
         (mamba1, "selective_scan", selective_scan),
         (mamba2, "ssd_scan", ssd_scan),
+        (conv, "causal_conv1d", causal_conv1d),
+        (lm, "add_rms_norm", add_rms_norm_reference),
     ]
     before = [(module, name, vars(module)[name]) for module, name, _ in ours]
     for module, name, function in ours:

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from mamba_export.checkpoint import Checkpoint
 from mamba_export.models.lm import Block, MambaLM
+from mamba_export.models.mamba2 import GatedRMSNorm
 from mamba_export.models.weights import load_model
 from mamba_export.progress import Progress, silent
-from mamba_export.quantized import EMBEDDING, HEAD, InputQuantization, Linear, QuantizedModel
+from mamba_export.quantized import EMBEDDING, FP8_MAX, HEAD, InputQuantization, Linear, Matrix, QuantizedModel
 from mamba_export.states import state_table
 
-from .gptq import gptq
+from .gptq import gptq, output_error
 from .observers import INT8_MAX, Observer, clip_value
+from .promotion import promote
 from .quantizer import load_weight, set_embedding
 from .recipes import Layer, Recipe
 from .rotation import block_size, rotate
@@ -23,8 +25,10 @@ from .rounding import round_to_nearest
 from .scans import fast_scans
 from .simulation import SimulatedLinear
 from .statistics import Statistics
+from .tuning import tune
 
 _TOKENS = 2048
+_EQUALIZED = ("in_proj", "out_proj")
 _ORDER = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2")
 
 
@@ -72,6 +76,10 @@ def quantize_blocks(
                     _quantize_layer(checkpoint, stream, block, i, part, kind, recipe, stats, quantized, dtype)
             stream.advance(block, i)
             tick(1)
+    if recipe.promote.bits:
+        quantized.promoted = promote(checkpoint, quantized, stats, recipe.promote, dtype, device, progress)
+    if recipe.tune.steps:
+        tune(checkpoint, quantized, stats.ids, recipe.tune, dtype, device, progress)
     return quantized
 
 
@@ -108,36 +116,70 @@ def _quantize_layer(
         return
     module = getattr(part, kind)
     weight = load_weight(checkpoint, f"{path}.weight").to(module.weight.device).float()
-    linear = Linear.__new__(Linear)
-    smooth = _smoothing(weight, how, stats, path)
-    linear.smooth, linear.input = smooth, None
+    linear = Linear(Matrix("int8", weight, weight, 0))  # the matrix follows
     linear.rotation = block_size(weight.shape[1], how.rotate)
-    if smooth is not None:
-        weight = weight / smooth
-        if kind == "in_proj":  # the norm before it does the multiplication
-            norm = block.norm
-            quantized.floats[f"backbone.layers.{index}.norm.weight"] = (norm.weight.float() * smooth).cpu()
-            norm.weight.data = norm.weight * smooth
-            linear.smooth = None
-    weight = rotate(weight, linear.rotation)
+    linear.smooth = _smoothing(weight, how, stats, path)
     watched = _Watch(weight.shape[1], weight.device, how.weights.method == "gptq", linear)
     if how.inputs.type != "float" or watched.hessian is not None:
         _capture(stream, block, index, part, kind, watched)
+    if how.inputs.type == "float" and how.smooth and watched.hessian is not None and not linear.rotation:
+        linear.smooth = _equalizing(weight, watched.hessian, how, dtype) if kind in _EQUALIZED else None
+        if linear.smooth is not None:
+            watched.hessian *= linear.smooth[:, None] * linear.smooth
+    smooth = linear.smooth
+    if smooth is not None:
+        weight = weight / smooth
+        quantized.divided[f"{path}.weight"] = smooth.cpu()
+        _fold(block, index, kind, linear, quantized)
+    weight = rotate(weight, linear.rotation)
     if how.inputs.type != "float":
-        limit = INT8_MAX if how.inputs.type == "int8" else 448.0
+        limit = INT8_MAX if how.inputs.type == "int8" else FP8_MAX
         clip = clip_value(watched.observer, how.inputs)
         linear.input = InputQuantization(how.inputs.type, max(clip, 1e-6) / limit)  # type: ignore[arg-type]
     if how.weights.method == "gptq" and how.weights.type in ("int4", "int8"):
         assert watched.hessian is not None
         linear.weight = gptq(weight, watched.hessian, how.weights, dtype)
-    else:
+    elif how.weights.type != "float":
         importance = watched.observer.squares.float() if watched.observer.tokens else None
         linear.weight = round_to_nearest(weight, how.weights, dtype, importance)
+    else:
+        return
     new = SimulatedLinear(linear, getattr(module, "bias", None), module.weight.dtype, module.weight.device)
     setattr(part, kind, new)
     linear.weight.values, linear.weight.scales = linear.weight.values.cpu(), linear.weight.scales.cpu()
     linear.smooth = None if linear.smooth is None else linear.smooth.cpu()
     quantized.linears[f"{path}.weight"] = linear
+
+
+def _fold(block: Block, index: int, kind: str, linear: Linear, quantized: QuantizedModel) -> None:
+    """Let the norm before the layer do the multiplication, where there is one."""
+    place, norm = "norm", block.norm
+    if kind == "out_proj":
+        mixer = block.mixer
+        if not isinstance(getattr(mixer, "norm", None), GatedRMSNorm) or mixer.spec.d_mlp:  # type: ignore[union-attr]
+            return
+        place, norm = "mixer.norm", mixer.norm  # type: ignore[assignment]
+    elif kind != "in_proj" or getattr(norm, "bias", None) is not None:
+        return
+    assert linear.smooth is not None
+    norm.weight.data = norm.weight * linear.smooth
+    quantized.floats[f"backbone.layers.{index}.{place}.weight"] = norm.weight.data.float().cpu()
+    linear.smooth = None
+
+
+def _equalizing(weight: Tensor, hessian: Tensor, how: Layer, dtype: str) -> Tensor | None:
+    """Activation-aware scales (AWQ, Lin et al. 2023): active channels get a larger part of the integers' range."""
+    rms = hessian.diagonal().clamp(min=1e-12).sqrt()
+    rows = weight[:: max(1, weight.shape[0] // 256)]
+    best, least = None, output_error(rows, gptq(rows, hessian, how.weights, dtype, 0), hessian)
+    for exponent in (0.25 * how.smooth, 0.5 * how.smooth, how.smooth):
+        smooth = rms**-exponent
+        smooth = smooth / smooth.log().mean().exp()
+        scaled = hessian * smooth[:, None] * smooth
+        error = output_error(rows / smooth, gptq(rows / smooth, scaled, how.weights, dtype, 0), scaled)
+        if error < 0.99 * least:
+            best, least = smooth, error
+    return best
 
 
 def _smoothing(weight: Tensor, how: Layer, stats: Statistics, path: str) -> Tensor | None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mamba_export.errors import BundleError, EnvironmentProblem, OutputExistsError, UsageError
 from mamba_export.spec import ModelSpec
-from mamba_export.states import State, state_table
+from mamba_export.states import State, StateType, state_table
 from mamba_export.targets import Target, get_target
 
 SCHEMA_VERSION = 1
@@ -54,7 +54,7 @@ class Manifest:
     schema_version: int = SCHEMA_VERSION
 
 
-def state_rows(spec: ModelSpec, dtype: str, target: Target) -> list[dict[str, Any]]:
+def state_rows(spec: ModelSpec, dtype: str, target: Target, ssm: StateType = "fp32") -> list[dict[str, Any]]:
     """The state table as the manifest holds it: shapes with the batch as a name."""
     return [
         {
@@ -66,7 +66,7 @@ def state_rows(spec: ModelSpec, dtype: str, target: Target) -> list[dict[str, An
             "shape": ["batch", *state.shape],
             "axes": list(state.axes),
         }
-        for state in state_table(spec, dtype, target.ssm_layout)
+        for state in state_table(spec, dtype, target.ssm_layout, ssm)
     ]
 
 
@@ -97,7 +97,8 @@ class Bundle:
         self.manifest = _read_manifest(self.path)
         self.spec = ModelSpec.from_dict(self.manifest.spec)
         self.target = get_target(self.manifest.target)
-        self.states: list[State] = state_table(self.spec, self.manifest.dtype, self.target.ssm_layout)
+        ssm: StateType = (self.manifest.quantization or {}).get("state", "fp32")
+        self.states: list[State] = state_table(self.spec, self.manifest.dtype, self.target.ssm_layout, ssm)
         self._check_files(check, progress)
 
     def file(self, name: str) -> Path:

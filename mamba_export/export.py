@@ -127,14 +127,18 @@ def make_graphs(
     models: dict[str, ir.Model] = {}
     kinds: dict[GraphKind, str] = {"prefill": PREFILL, "step": STEP}
     fuse = FuseStepPass(checkpoint.spec) if fuse_step else None
-    quantize = None
+    quantize, ssm = None, "fp32" if quantized is None else quantized.state
     if quantized is not None:
         from mamba_export.graph.quant import QuantizePass
 
-        quantize = QuantizePass(quantized, dtype, contrib=get_target(target).flavour == "ort")
+        quantize = QuantizePass(quantized, dtype, get_target(target))
     for kind, file in kinds.items():
         with progress.stage(f"trace {kind}"):
             model = trace(checkpoint.spec, kind, options)
+            if ssm != "fp32":
+                from mamba_export.graph.state import StatePass
+
+                StatePass(checkpoint.spec, dtype, get_target(target).ssm_layout, ssm)(model)
             for_cpu = lower_for_cpu(model, checkpoint.spec, dtype, get_target(target), quantize)
             models[file] = lower(model, checkpoint.spec, dtype, get_target(target), quantize)
             if fuse is not None and kind == "step":
@@ -152,7 +156,7 @@ def make_graphs(
         checkpoint={},
         tools=_tools(),
         eos_token_ids=list(checkpoint.eos_token_ids),
-        states=state_rows(checkpoint.spec, dtype, get_target(target)),
+        states=state_rows(checkpoint.spec, dtype, get_target(target), ssm),
         requires=get_target(target).requires,
         quantization=None if quantized is None else quantized.recipe,
     )

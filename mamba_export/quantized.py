@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from mamba_export.states import StateType
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Kind = Literal["int4", "int8", "fp8"]
-StateType = Literal["fp32", "fp16", "int8"]
 EMBEDDING = "backbone.embedding.weight"
 HEAD = "lm_head.weight"
 FP8_MAX = 448.0
@@ -90,14 +91,15 @@ class QuantizedModel:
         embedding: the quantized table; the very ``Matrix`` of the head's linear where both are one tensor.
         floats: parameters that stay float but have other values than the checkpoint's (norms with folded scales …).
         state: type of the SSM state at the graph's edge.
-        state_profile: for an int8 state: float32 [channels, d_state] (or [nheads, d_state]) by layer, the typical
-            size of each entry relative to its channel's largest.
         recipe: name and content of the recipe, and what the calibration was, for the manifest.
     """
 
     linears: dict[str, Linear] = field(default_factory=dict)
     embedding: Matrix | None = None
     floats: dict[str, Tensor] = field(default_factory=dict)
+    divided: dict[str, Tensor] = field(default_factory=dict)
+    """By parameter name: what the checkpoint's matrix was divided by before it was rotated and rounded."""
+    promoted: list[str] = field(default_factory=list)
+    """Names of matrices that the recipe's budget made int8."""
     state: StateType = "fp32"
-    state_profile: dict[int, Tensor] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)

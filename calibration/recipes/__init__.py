@@ -16,8 +16,10 @@
     embedding: {type: int8, ...} # the keys of weights; tied: the head's tensor, where the checkpoint ties the two
     head: {type: int8, ...}
     state: fp32                  # of the scan: fp32, fp16 or int8
-    smooth: 0.0                  # SmoothQuant's exponent for layers with quantized inputs; 0 for none
+    smooth: 0.0                  # exponent of the scales between a layer's input and its weight; 0 for none. With
+                                 # quantized inputs SmoothQuant's, else the best up to this one for int4 weights
     rotate: {out_proj: 64}       # layers whose input is rotated by Hadamard blocks of that size
+    promote: {bits: 0}           # the most sensitive int4 matrices become int8, while the average stays below this
     tune: {steps: 0}             # afterwards: distillation of scales and norms on the calibration data
     layers:                      # overrides: a pattern of layer names → weights, inputs, smooth, rotate
       "*.dt_proj": {weights: {type: int8}}
@@ -71,7 +73,15 @@ class Tune:
 
     steps: int = 0
     rate: float = 1e-3
+    integers: float = 0.0
     rows: int = 8
+
+
+@dataclass(frozen=True)
+class Promote:
+    """Matrices that become int8 after all: the most sensitive, while the average stays below ``bits``; 0: none."""
+
+    bits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class Recipe:
     state: str = "fp32"
     smooth: float = 0.0
     rotate: dict[str, int] = field(default_factory=dict)
+    promote: Promote = Promote()
     tune: Tune = Tune()
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -124,6 +135,8 @@ class Recipe:
             return "static scales of the inputs"
         if any(w.method == "gptq" for w in [self.embedding, self.head, *(layer.weights for layer in overrides)]):
             return "GPTQ"
+        if self.promote.bits:
+            return "the choice of int8 matrices"
         if self.tune.steps:
             return "the tuning after it"
         return ""
@@ -274,11 +287,17 @@ def _build(name: str, data: dict[str, Any], path: Path) -> Recipe:
         elif key == "rotate":
             reader.keys(key, value, LAYERS)
             fields[key] = {k: reader.rotate(f"{key}.{k}", v) for k, v in value.items()}
+        elif key == "promote":
+            reader.keys(key, value, ("bits",))
+            fields[key] = Promote(float(reader.number("promote.bits", value.get("bits", 0.0), 0.0, 8.0)))
         elif key == "tune":
-            reader.keys(key, value, ("steps", "rate", "rows"))
+            reader.keys(key, value, ("steps", "rate", "integers", "rows"))
             steps = int(reader.number("tune.steps", value.get("steps", 0), 0, 100_000))
             rate = float(reader.number("tune.rate", value.get("rate", Tune.rate), 0.0, 1.0))
-            fields[key] = Tune(steps, rate, int(reader.number("tune.rows", value.get("rows", Tune.rows), 1, 4096)))
+            integers = float(reader.number("tune.integers", value.get("integers", 0.0), 0.0, 1.0))
+            fields[key] = Tune(
+                steps, rate, integers, int(reader.number("tune.rows", value.get("rows", Tune.rows), 1, 4096))
+            )
         elif key == "layers":
             if not isinstance(value, dict):
                 raise reader.fail(key, f"must map patterns to changes, not {value!r}")

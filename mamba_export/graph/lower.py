@@ -14,10 +14,11 @@ from mamba_export.graph.trace import OPSET
 from mamba_export.ops import DOMAIN, OPS, OpDef
 from mamba_export.ops.builder import Builder
 from mamba_export.spec import ModelSpec
-from mamba_export.states import state_table
+from mamba_export.states import StateType, state_table
 from mamba_export.targets import Target, get_target
 
 # What TensorRT's parser reads on a node to find its plugin (namespace "" and version "1").
+_SSM_TYPES: dict[ir.DataType | None, StateType] = {ir.DataType.FLOAT16: "fp16", ir.DataType.INT8: "int8"}
 PLUGIN_ATTRIBUTES = {"plugin_namespace": "", "plugin_version": "1"}
 
 
@@ -56,7 +57,8 @@ def lower(
 def _set_state_shapes(model: ir.Model, spec: ModelSpec, dtype: str, target: Target) -> None:
     """State inputs and outputs get the shapes of the target's state table."""
     values = {v.name: v for v in [*model.graph.inputs, *model.graph.outputs]}
-    for state in state_table(spec, dtype, target.ssm_layout):
+    ssm: StateType = _SSM_TYPES.get(values["ssm_state_0"].dtype, "fp32")
+    for state in state_table(spec, dtype, target.ssm_layout, ssm):
         for name in (state.name, state.present):
             values[name].shape = ir.Shape([ir.SymbolicDim("batch"), *state.shape])
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from mamba_export.graph.passes import replace_node
 from mamba_export.ops.builder import Builder
 from mamba_export.quantized import EMBEDDING, HEAD, Linear, Matrix, QuantizedModel
+from mamba_export.targets import Target
 
 OPSET = 21
 """Of quantized graphs: the first with blocks in DequantizeLinear and with 4-bit integers."""
@@ -40,13 +41,20 @@ class QuantizePass(ir.passes.InPlacePass):
 
     Requires: weights are still ``MatMul(x, Transpose(W))`` and ``Gather(W, ids)``.
 
+    Args:
+        model: the matrices and what happens to inputs.
+        dtype: of the graph.
+        target: tells the dialect.
+
     Attributes:
         fills: after the pass, where the data of the new initializers comes from; tensors of raw bytes.
     """
 
-    def __init__(self, model: QuantizedModel, dtype: str, contrib: bool) -> None:
+    def __init__(self, model: QuantizedModel, dtype: str, target: Target) -> None:
         super().__init__()
-        self.model, self.dtype, self.contrib = model, dtype, contrib
+        self.model, self.dtype = model, dtype
+        self.contrib = target.flavour != "portable"
+        self.rows_first = not target.plugins  # TensorRT wants DequantizeLinear right behind a quantized constant
         self.fills: dict[str, Fill] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -110,6 +118,10 @@ class QuantizePass(ir.passes.InPlacePass):
         assert linear.input is not None
         stored = _STORED[linear.input.kind]
         scale = self._scalar(op, linear.input.scale)
+        if linear.weight.kind == "int4" and not self.rows_first:
+            # TensorRT has no product of int8 with int4: the same rounding in arithmetic that it does not match.
+            low, high = self._scalar(op, -128.0), self._scalar(op, 127.0)
+            return op.Mul(op.Clip(op.Round(op.Div(x, scale)), low, high), scale)
         zero = op.Constant(value=ir.AttrTensor("value", _zero(stored)))
         return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
 
@@ -197,7 +209,7 @@ class QuantizePass(ir.passes.InPlacePass):
             )[0]
             if padded != matrix.columns:
                 y = op.Slice(y, op.i64([0]), op.i64([matrix.columns]), op.i64([2]))
-        elif matrix.group >= matrix.columns and matrix.kind != "int4":
+        elif self.rows_first and matrix.group >= matrix.columns and matrix.kind != "int4":
             q = self._initializer(
                 f"{EMBEDDING}.q", _STORED[matrix.kind], matrix.values.shape, lambda: _raw(matrix.values)
             )

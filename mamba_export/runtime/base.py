@@ -46,7 +46,7 @@ class Runner(Protocol):
         """Run one token a row: ``input_ids`` [batch, 1] → logits [batch, 1, vocab] and the next state."""
 
     def state_to_numpy(self, state: StateValues) -> dict[str, NDArray[Any]]:
-        """A copy of the state on the host, in the layout of the runner's state table."""
+        """A copy of the state on the host, in the layout of the runner's state table; int8 states as float32."""
 
     def state_from_numpy(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
         """Put host arrays [batch, …], named and laid out as in the state table, where the engine reads them."""

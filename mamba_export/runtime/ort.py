@@ -17,6 +17,7 @@ from mamba_export.extras import available
 from mamba_export.runtime.base import Ids, Logits, StateValues
 from mamba_export.runtime.ort_loop import OrtStepLoop, StepBuffers
 from mamba_export.runtime.ort_session import AUTO, GRAPH_ID, PROVIDERS, make_session, state_dtype
+from mamba_export.states import from_float, to_float
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -90,17 +91,22 @@ class OrtRunner:
 
     def initial_state(self, batch: int) -> StateValues:
         states, device = self.bundle.states, self.device
-        return self.state_from_numpy({s.name: np.zeros((batch, *s.shape), state_dtype(s, device)) for s in states})
+        return self._place({s.name: np.zeros((batch, *s.shape), state_dtype(s, device)) for s in states})
 
     def state_from_numpy(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
-        """Put host arrays, named as in the state table, where the engine reads them."""
+        """Put host arrays, named as in the state table, where the engine reads them; see :meth:`state_to_numpy`."""
+        return self._place(from_float(arrays, self.bundle.states))
+
+    def _place(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
         import onnxruntime
 
         make = onnxruntime.OrtValue.ortvalue_from_numpy
         return {name: make(array, self.device, 0) for name, array in arrays.items()}
 
     def state_to_numpy(self, state: StateValues) -> dict[str, NDArray[Any]]:
-        return {name: np.array(value.numpy()) for name, value in state.items()}  # numpy() may be a view
+        """Host arrays; an int8 state becomes float32, without its scale."""
+        arrays = {name: np.array(value.numpy()) for name, value in state.items()}  # numpy() may be a view
+        return to_float(arrays, self.bundle.states)
 
     def prefill(
         self, input_ids: Ids, state: StateValues, seq_lens: NDArray[np.int32] | None = None

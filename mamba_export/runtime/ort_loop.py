@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mamba_export.runtime.base import Ids, Logits
 from mamba_export.runtime.ort_session import GRAPH_ID, state_dtype
-from mamba_export.states import State
+from mamba_export.states import State, to_float
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -123,4 +123,5 @@ class OrtStepLoop:
         return logits
 
     def state_to_numpy(self) -> dict[str, NDArray[Any]]:
-        return {name: np.array(value.numpy()) for name, value in self._buffers.sets[self._turn].items()}
+        arrays = {name: np.array(value.numpy()) for name, value in self._buffers.sets[self._turn].items()}
+        return to_float(arrays, self._buffers.states)

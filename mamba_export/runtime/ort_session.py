@@ -24,7 +24,7 @@ AUTO = "auto"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 GRAPH_ID = "gpu_graph_id"
 """Run option: which recorded CUDA graph a call replays, or records; -1: none."""
-_NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16}
+_NUMPY: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 
 
 def state_dtype(state: State, device: str) -> Any:

@@ -13,7 +13,7 @@ from mamba_export.models.lm import MambaLM, build_model
 from mamba_export.models.weights import load_model
 from mamba_export.quantized import QuantizedModel
 from mamba_export.runtime.base import Ids, Logits, StateValues
-from mamba_export.states import Layout, state_table
+from mamba_export.states import INT8_MAX, LEAST_SCALE, Layout, state_table
 
 
 class TorchRunner:
@@ -41,6 +41,7 @@ class TorchRunner:
         self._wide = torch.float64 if compute == "fp64" else torch.float32
         self.prefill_model = load_model(checkpoint, dtype, compute).to(self.device)
         self.step_model = _step_twin(self.prefill_model, compute)
+        self._ssm = "fp32" if quantized is None else quantized.state
         if quantized is not None:
             from mamba_export.calibration.simulation import apply
 
@@ -80,7 +81,18 @@ class TorchRunner:
         with torch.inference_mode():
             tokens = torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)
             logits, *presents = model(tokens, list(state.values()), seq_lens)
-        return logits.float().cpu().numpy(), dict(zip(state, presents, strict=True))
+        kept = dict(zip(state, presents, strict=True))
+        if self._ssm != "fp32":
+            kept = {n: _round_state(v, self._ssm) if n.startswith("ssm") else v for n, v in kept.items()}
+        return logits.float().cpu().numpy(), kept
+
+
+def _round_state(state: torch.Tensor, kind: str) -> torch.Tensor:
+    """As the graphs round it; d_state is the last axis of the torch model's state."""
+    if kind == "fp16":
+        return state.half().to(state.dtype)
+    scale = state.abs().amax(-1, keepdim=True).clamp(min=LEAST_SCALE * INT8_MAX) / INT8_MAX
+    return (state / scale).round().clamp(-128, 127) * scale
 
 
 def _step_twin(model: MambaLM, compute: str) -> MambaLM:
