@@ -1,5 +1,7 @@
 """Runs the benchmarks of the ops and writes RESULTS.md: ``python -m kernels.bench.run [op ...]``.
 
+A section of RESULTS.md is replaced when its op ran; the others stay as they are, each with its machine named.
+
 The peer's source packages are looked for in ``--sources`` and downloaded there if missing.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 from pathlib import Path
 
 import torch
@@ -23,6 +26,27 @@ TITLES = {
 }
 
 
+HEADER = """# Kernel benchmarks: the last output of `python -m kernels.bench.run`
+
+Medians of CUDA-graph replays over rotating buffers; the peer is mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0, in its
+own layout, in the same run. Errors are relative to float64 (first 512 tokens of a scan, 4,096 of a convolution). Copy
+bandwidth counts reads and writes of 1 GiB.
+"""
+
+
+def sections(text: str) -> dict[str, str]:
+    """The section of each op in a results file."""
+    found = re.findall(r"^## (\w+).*?(?=^#{1,2} |\Z)", text, re.DOTALL | re.MULTILINE)
+    bodies = re.findall(r"^## \w+.*?(?=^#{1,2} |\Z)", text, re.DOTALL | re.MULTILINE)
+    return {op: body.strip() + "\n" for op, body in zip(found, bodies, strict=True)}
+
+
+def render(parts: dict[str, str]) -> str:
+    """A results file: the ops in their usual order, others after them."""
+    order = [*(op for op in TITLES if op in parts), *(op for op in parts if op not in TITLES)]
+    return "\n".join([HEADER, *(parts[op] for op in order)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*", default=list(TITLES))
@@ -32,20 +56,16 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.sources.mkdir(parents=True, exist_ok=True)
     ctx = Context(arguments.sources, arguments.quick, copy_bandwidth())
-    name = torch.cuda.get_device_name()
-    parts = [
-        "# Kernel benchmarks: the last output of `python -m kernels.bench.run`\n",
-        f"{name}, {torch.cuda.get_device_properties(0).multi_processor_count} multiprocessors, torch "
-        f"{torch.__version__}; copy bandwidth {ctx.copy_bandwidth / 1e12:.2f} TB/s (reads and writes, 1 GiB). "
-        "Medians of CUDA-graph replays over rotating buffers; the peer is mamba-ssm 2.3.2.post1 and causal-conv1d "
-        "1.7.0, in its own layout, in the same run. Errors are relative to float64 (first 512 tokens of a scan, "
-        "4,096 of a convolution).\n",
-    ]
+    machine = (
+        f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).multi_processor_count} multiprocessors, "
+        f"torch {torch.__version__}; copy bandwidth {ctx.copy_bandwidth / 1e12:.2f} TB/s."
+    )
+    parts = sections(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
     for op in arguments.ops:
         rows = importlib.import_module(f".{op}", __package__).bench(ctx)
-        parts.append(f"\n## {op} ({TITLES.get(op, 'shape')})\n\n{table(rows)}\n")
-        print(parts[-1], flush=True)
-        arguments.out.write_text("".join(parts), encoding="utf-8")
+        parts[op] = f"## {op} ({TITLES.get(op, 'shape')})\n\n{machine}\n\n{table(rows)}\n"
+        print(parts[op], flush=True)
+        arguments.out.write_text(render(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

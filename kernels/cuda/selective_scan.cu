@@ -1,9 +1,8 @@
 // selective_scan: argument checks, the tactics that cover a shape, the measured selector.
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
-#include "selective_scan_chain.cuh"
+#include "selective_scan_chain_copy.cuh"
 
 namespace mamba::scan {
 namespace {
@@ -41,20 +40,15 @@ bool bc_aligned(const Params& p) {
          rows_aligned(p.C, p.C_batch_stride, p.C_token_stride, e, 16);
 }
 
-bool covers_chain(const Params& p) {
-  return p.d_state == kState && bc_aligned(p) && activations_aligned(p, 4 * dtype_size(p.dtype));
+bool covers_chain(const Params& p, const Tactic& t) {
+  if (p.d_state != kState || !bc_aligned(p) || !activations_aligned(p, 16) || p.dim / p.ngroups % 8 != 0 || t.pieces != 1 ||
+      t.groups < 1 || t.warps < 1 || t.copiers < 1 || t.groups * t.warps + t.copiers > kChainWarps) {
+    return false;
+  }
+  const int slots = p.dtype == MAMBA_F32 ? chain_slots<float>(t) : chain_slots<__half>(t);
+  return slots >= ceil_div(t.warps, Chain::kTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
 }
 
-template <typename T> size_t shared_bytes_of(const Tactic& t) {
-  switch (t.kernel) {
-    case Tactic::kChain4: return Chain<4>::shared_bytes(t.groups, t.warps, sizeof(T));
-    case Tactic::kChain8: return Chain<8>::shared_bytes(t.groups, t.warps, sizeof(T));
-    default: return 0;
-  }
-}
-size_t shared_bytes(const Params& p, const Tactic& t) {
-  return p.dtype == MAMBA_F32 ? shared_bytes_of<float>(t) : shared_bytes_of<__half>(t);
-}
 bool covers(const Params& p, const Tactic& t);
 
 #include "selective_scan_select.inl"
@@ -92,8 +86,7 @@ bool covers(const Params& p, const Tactic& t) {
   switch (t.kernel) {
     case Tactic::kGeneric: return t.pieces == 1;
     case Tactic::kChannel: return p.d_state == kState && t.pieces >= 1;
-    case Tactic::kChain4:
-    case Tactic::kChain8: return covers_chain(p) && t.pieces >= 1 && shared_bytes(p, t) <= max_shared_bytes();
+    case Tactic::kChain: return covers_chain(p, t);
     default: return false;
   }
 }
@@ -127,8 +120,8 @@ extern "C" size_t mamba_selective_scan_workspace(const mamba_selective_scan_para
 extern "C" int mamba_selective_scan_tactics(const mamba_selective_scan_params* params, int32_t* out, int max) {
   using namespace mamba::scan;
   if (!params || check(*params) != MAMBA_OK) return 0;
-  const std::vector<Tactic> all = candidates(*params);
-  const int count = std::min<int>(max, int(all.size()));
-  for (int i = 0; i < count; i++) out[i] = all[i].code();
+  const Candidates all(*params);
+  const int count = std::min(max, all.count);
+  for (int i = 0; i < count; i++) out[i] = all.tactic[i].code();
   return count;
 }

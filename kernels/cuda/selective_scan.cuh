@@ -1,6 +1,8 @@
 // What the selective_scan kernels share: arguments, loads of activations, the tactic code.
 #pragma once
 
+#include <atomic>
+
 #include "common.cuh"
 #include "mamba/selective_scan.h"
 
@@ -28,14 +30,30 @@ template <typename T> struct Args {
   float* piece_dt;     // [batch, pieces, dim]: sum of dt over the piece
 };
 
-// Which kernel; chain: groups of channels in a block and its warps; channel: decays on the
-// FMA pipe; and pieces of the sequence.
+// Which kernel, and: chain: groups of channels in a block, scanning warps of a group, copying warps; channel: decays on
+// the FMA pipe (in groups), pieces of the sequence.
 struct Tactic {
-  enum Kernel { kGeneric = 0, kChannel = 1, kChain4 = 2, kChain8 = 3 };
-  int kernel, groups, warps, pieces;
-  int code() const { return kernel | groups << 4 | warps << 12 | pieces << 20; }
-  static Tactic from(int c) { return {c & 15, c >> 4 & 255, c >> 12 & 255, c >> 20 & 1023}; }
+  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2 };
+  int kernel, groups, warps, copiers, pieces;
+  int code() const { return kernel | groups << 4 | warps << 12 | copiers << 17 | pieces << 20; }
+  static Tactic from(int c) { return {c & 15, c >> 4 & 255, c >> 12 & 31, c >> 17 & 7, c >> 20 & 1023}; }
 };
+
+// Lets a kernel have that much dynamic shared memory; the driver is asked once per kernel, device and larger size.
+template <auto kKernel> bool allow_shared(int bytes) {
+  static std::atomic<int> allowed[64];
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= 64) return false;
+  if (allowed[device].load(std::memory_order_relaxed) >= bytes) return true;
+  // The carveout too: the driver's own choice leaves room for one block fewer than fits.
+  if (cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess ||
+      cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  allowed[device].store(bytes, std::memory_order_relaxed);
+  return true;
+}
 
 template <typename T> __device__ __forceinline__ int row_length(const Args<T>& p, int b) {
   return p.seq_lens ? max(0, min(p.seq_lens[b], p.seqlen)) : p.seqlen;

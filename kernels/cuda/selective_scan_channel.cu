@@ -4,20 +4,10 @@ namespace mamba::scan {
 
 template <typename T, bool kVec, int kFma, bool kStateOnly>
 static int launch(const Args<T>& args, int batch, int pieces, cudaStream_t stream) {
-  auto kernel = channel_kernel<T, kVec, kFma, kStateOnly>;
-  const size_t bytes = 2 * sizeof(ChannelShared<T>);
-  if (bytes > 48 * 1024 &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) != cudaSuccess) {
-    cudaGetLastError();
-    return MAMBA_ERROR_TACTIC;
-  }
-  // The driver's own choice of shared memory leaves room for four blocks; five fit.
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) !=
-      cudaSuccess) {
-    cudaGetLastError();
-  }
+  const int bytes = 2 * sizeof(ChannelShared<T>);
+  if (!allow_shared<channel_kernel<T, kVec, kFma, kStateOnly>>(bytes)) return MAMBA_ERROR_TACTIC;
   const dim3 grid(args.ngroups * ceil_div(args.group_dim, kWidth), batch, pieces);
-  kernel<<<grid, kWidth, bytes, stream>>>(args);
+  channel_kernel<T, kVec, kFma, kStateOnly><<<grid, kWidth, bytes, stream>>>(args);
   return launch_status();
 }
 

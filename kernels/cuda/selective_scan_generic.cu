@@ -6,11 +6,7 @@ template <typename T, int kLanes> static int launch(const Args<T>& args, int bat
   constexpr int kChannels = kGenericThreads / kLanes;
   const size_t bytes = sizeof(float) * kGenericTile * (16 * kLanes + 3 * kChannels);
   const dim3 grid(args.ngroups * ceil_div(args.group_dim, kChannels), batch);
-  if (bytes > 48 * 1024 && cudaFuncSetAttribute(generic_kernel<T, kLanes>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                int(bytes)) != cudaSuccess) {
-    cudaGetLastError();
-    return MAMBA_ERROR_TACTIC;
-  }
+  if (!allow_shared<generic_kernel<T, kLanes>>(int(bytes))) return MAMBA_ERROR_TACTIC;
   generic_kernel<T, kLanes><<<grid, kGenericThreads, bytes, stream>>>(args);
   return launch_status();
 }
