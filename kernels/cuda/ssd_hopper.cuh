@@ -1,7 +1,7 @@
 // The warpgroups of the SSD scan for Hopper (sm_90a): the arithmetic of ssd_scan_kernel.cuh on warpgroup matrix
 // instructions.
 //
-// A block has one warpgroup for each of two or three heads and one that loads tiles and turns dt into decays, three chunks
+// A block has one warpgroup for each of two heads and one that loads tiles and turns dt into decays, three chunks
 // ahead at most. A consumer keeps its head's state as accumulators [headdim][d_state] and a 16-bit copy of it in
 // shared memory for y = C h; C and B come straight from the loaded tiles, x weighted through registers. The
 // warpgroups meet only through the barriers of the loads, so one's arithmetic overlaps another's matrix products.
@@ -276,10 +276,7 @@ struct HopperConsumer {
 #pragma unroll
     for (int k = 0; k < kSteps; k++) {
       const uint32_t skip = k / 4 * L::kTile + k % 4 * 32;
-      if (k == 0)
-        Wgmma<T>::template rows_rows<false>(d, descriptor(C_tile), descriptor(other));
-      else
-        Wgmma<T>::template rows_rows<true>(d, descriptor(C_tile + skip), descriptor(other + skip));
+      Wgmma<T>::rows_rows(d, descriptor(C_tile + skip), descriptor(other + skip), k > 0);
     }
     wgmma_commit();
   }

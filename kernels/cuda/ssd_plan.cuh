@@ -9,6 +9,13 @@ namespace ssd {
 
 using Kernel = void (*)(ScanArgs);
 
+// Lets a kernel have that much dynamic shared memory; asks the runtime once a kernel and device.
+bool allow_shared(const void* kernel, int bytes);
+template <typename... Args>
+bool allow_shared(void (*kernel)(Args...), int bytes) {
+  return allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+
 struct Plan {
   Kernel scan, stream, state;
   int heads, chunk, threads, resident;  // resident: blocks that registers allow a multiprocessor, at least
@@ -21,7 +28,7 @@ bool plan_n64(int dtype, int headdim, int layout, Plan* plan);
 bool plan_n128(int dtype, int headdim, int layout, Plan* plan);
 bool plan_n256(int dtype, int headdim, int layout, Plan* plan);
 // Only in builds for Hopper (MAMBA_SM90A).
-bool plan_hopper(int dtype, int headdim, int d_state, int layout, Plan* plan);  // layout 0 or 1
+bool plan_hopper(int dtype, int headdim, int d_state, int layout, Plan* plan);  // layout 0
 
 }  // namespace ssd
 }  // namespace mamba

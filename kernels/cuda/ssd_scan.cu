@@ -2,165 +2,19 @@
 #include "mamba/ssd_scan.h"
 
 #include <math.h>
+#include <string.h>
 
 #include <atomic>
 #include <chrono>
 
 #include "ssd_generic_plan.cuh"
+#include "ssd_two_pass_plan.cuh"
 
 namespace mamba {
 namespace ssd {
 namespace {
 
-constexpr int kLayouts = 6;        // tried for every size; most have fewer
-constexpr int kHopperLayouts = 2;  // the first ones
-constexpr int kMaxGrid = 65535;
-
-struct Device {
-  int sms, shared_block, shared_sm, capability;
-};
-
-const Device& device() {
-  static Device cached[64] = {};
-  int id = 0;
-  cudaGetDevice(&id);
-  Device& d = cached[id & 63];
-  if (d.sms == 0) {
-    cudaDeviceGetAttribute(&d.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-    cudaDeviceGetAttribute(&d.shared_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id);
-    d.capability = 10 * major + minor;
-    d.sms = sm_count();
-  }
-  return d;
-}
-
-// A tactic with all that its launches need.
-struct Choice {
-  int layout = -1;  // -1: generic
-  int splits = 1;   // 0: streaming
-  int heads = 1, chunk = 0, threads = 0, resident = 0, blocks_x = 0, shared = 0, state_shared = 0;
-  Kernel scan = nullptr, stream = nullptr, state = nullptr;
-
-  int tactic() const { return layout + 1 + 16 * splits; }
-  // Blocks that run at once; a multiprocessor keeps 1 KB of shared memory a block for itself.
-  int slots() const {
-    const int by_shared = device().shared_sm / (shared + 1024);
-    return device().sms * (by_shared < 1 ? 1 : by_shared < resident ? by_shared : resident);
-  }
-  int64_t rows(const mamba_ssd_scan_params& p) const { return static_cast<int64_t>(blocks_x) * p.batch; }
-  // Streaming needs runs of at least a row.
-  bool can_stream(const mamba_ssd_scan_params& p) const { return stream && p.seqlen > 0 && rows(p) >= slots(); }
-};
-
-bool multiple_of_8(int64_t a) { return a % 8 == 0; }
-
-// The tensor-core kernels move 16 bytes at a time.
-bool wide_access(const mamba_ssd_scan_params& p) {
-  const void* pointers[] = {p.x, p.B, p.C, p.y, p.z};
-  for (const void* at : pointers)
-    if (!aligned(at, 16)) return false;
-  if (!aligned(p.initial_state, 8) || !aligned(p.final_state, 8) || !aligned(p.D, 8)) return false;
-  return multiple_of_8(p.x_batch_stride) && multiple_of_8(p.x_token_stride) && multiple_of_8(p.B_batch_stride) &&
-         multiple_of_8(p.B_token_stride) && multiple_of_8(p.C_batch_stride) && multiple_of_8(p.C_token_stride) &&
-         multiple_of_8(p.y_batch_stride) && multiple_of_8(p.y_token_stride) && multiple_of_8(p.z_batch_stride) &&
-         multiple_of_8(p.z_token_stride);
-}
-
-bool find_plan(const mamba_ssd_scan_params& p, int layout, Plan* plan) {
-  if (layout < kHopperLayouts) {
-#ifdef MAMBA_SM90A
-    return device().capability == 90 && plan_hopper(p.dtype, p.headdim, p.d_state, layout, plan);
-#else
-    return false;
-#endif
-  }
-  switch (p.d_state) {
-    case 16: return plan_n16(p.dtype, p.headdim, layout - kHopperLayouts, plan);
-    case 64: return plan_n64(p.dtype, p.headdim, layout - kHopperLayouts, plan);
-    case 128: return plan_n128(p.dtype, p.headdim, layout - kHopperLayouts, plan);
-    case 256: return plan_n256(p.dtype, p.headdim, layout - kHopperLayouts, plan);
-    default: return false;
-  }
-}
-
-bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
-  // Their scores hold log2(dt): no negative steps.
-  if (p.dtype == MAMBA_F32 || !wide_access(p) || !(p.dt_min >= 0.f)) return false;
-  Plan plan;
-  if (!find_plan(p, layout, &plan) || plan.scan_shared > device().shared_block || plan.state_shared > device().shared_block) return false;
-  out->layout = layout, out->heads = plan.heads, out->chunk = plan.chunk, out->threads = plan.threads;
-  out->resident = plan.resident, out->shared = plan.scan_shared, out->state_shared = plan.state_shared;
-  out->scan = plan.scan, out->stream = plan.stream, out->state = plan.state;
-  out->blocks_x = ceil_div(p.nheads / p.ngroups, plan.heads) * p.ngroups;
-  return true;
-}
-
-bool find_generic(const mamba_ssd_scan_params& p, Choice* out) {
-  GenericPlan plan;
-  if (!generic_plan(p.dtype, p.d_state, device().shared_block, &plan)) return false;
-  out->layout = -1, out->chunk = plan.chunk, out->threads = plan.threads, out->resident = 2048 / plan.threads;
-  out->shared = out->state_shared = plan.shared;
-  out->scan = plan.scan, out->stream = nullptr, out->state = plan.state;
-  out->blocks_x = ceil_div(p.headdim, plan.cols) * p.nheads;
-  return true;
-}
-
-// A model of the time, in tokens of one block: whole waves of blocks, the state-only pass at its measured share of a
-// full chunk, and a constant for each launch.
-double cost(const mamba_ssd_scan_params& p, const Choice& c) {
-  const int chunks = ceil_div(p.seqlen, c.chunk);
-  const double slots = c.slots(), rows = static_cast<double>(c.rows(p));
-  if (c.splits == 0) return (rows * chunks / slots + 3.0) * c.chunk;
-  const int piece = ceil_div(chunks, c.splits);
-  const double waves = ceil(rows * c.splits / slots);
-  double total = waves * (piece + 3.0) - 2.0;
-  if (c.splits > 1) {
-    const double state_waves = ceil(rows * (c.splits - 1) / slots);
-    total += state_waves * (0.45 * piece + 2.0) + 1.5 + 0.1 * c.splits;
-  }
-  return total * c.chunk;
-}
-
-// The best number of pieces (or streaming) of a layout.
-void choose_splits(const mamba_ssd_scan_params& p, Choice* c, double* least) {
-  const int chunks = ceil_div(p.seqlen, c->chunk);
-  int best = 1;
-  *least = INFINITY;
-  for (int splits = c->can_stream(p) ? 0 : 1; splits <= 64 && (splits < 2 || splits * 2 <= chunks); splits++) {
-    c->splits = splits;
-    const double at = cost(p, *c);
-    if (at < *least) *least = at, best = splits;
-  }
-  c->splits = best;
-}
-
-int choose(const mamba_ssd_scan_params& p, Choice* out) {
-  if (p.tactic >= 0) {
-    const int layout = p.tactic % 16 - 1;
-    const bool found = layout < 0 ? find_generic(p, out) : find_layout(p, layout, out);
-    out->splits = p.tactic / 16;
-    if (!found || out->splits > kMaxGrid) return MAMBA_ERROR_TACTIC;
-    if (out->splits == 0) return out->can_stream(p) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
-    return out->splits == 1 || out->splits <= ceil_div(p.seqlen, out->chunk) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
-  }
-  double least = INFINITY;
-  bool any = false;
-  for (int layout = 0; layout < kLayouts; layout++) {
-    Choice candidate;
-    if (!find_layout(p, layout, &candidate)) continue;
-    double at;
-    choose_splits(p, &candidate, &at);
-    if (at < least) least = at, *out = candidate, any = true;
-    if (layout < kHopperLayouts) break;  // measured ahead of every other layout
-  }
-  if (any) return MAMBA_OK;
-  if (!find_generic(p, out)) return MAMBA_ERROR_SHAPE;
-  choose_splits(p, out, &least);
-  return MAMBA_OK;
-}
+#include "ssd_scan_select.inl"
 
 size_t state_bytes(const mamba_ssd_scan_params& p, int splits) {
   return sizeof(float) * p.batch * p.nheads * static_cast<size_t>(splits) * p.headdim * p.d_state;
@@ -171,7 +25,10 @@ size_t handoff_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
   return sizeof(float) * c.heads * static_cast<size_t>(p.headdim) * p.d_state;
 }
 
+ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c);
+
 size_t workspace_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
+  if (c.layout == kTwoPass) return two_pass_workspace(arguments(p, c), c.two_pass, c.splits);
   if (c.splits == 1) return 0;
   if (c.splits == 0) return c.slots() * (handoff_bytes(p, c) + sizeof(unsigned long long));
   return state_bytes(p, c.splits) + sizeof(float) * p.batch * p.nheads * static_cast<size_t>(c.splits);
@@ -211,6 +68,7 @@ ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c) {
   a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel;
   a.dt_min = p.dt_min, a.dt_max = p.dt_max;
   a.blocks_x = c.blocks_x, a.splits = c.splits;
+  if (c.layout == kTwoPass) return a;
   if (c.splits == 0) {
     a.handed = static_cast<unsigned long long*>(p.workspace);
     a.handoff = reinterpret_cast<float*>(a.handed + c.slots());
@@ -258,17 +116,15 @@ __global__ void ssd_combine_kernel(ScanArgs p) {
 
 int launch(const mamba_ssd_scan_params& p, const Choice& c, cudaStream_t stream) {
   const ScanArgs a = arguments(p, c);
-  const auto grow = [](Kernel k, int bytes) {
-    return cudaFuncSetAttribute(k, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;
-  };
+  if (c.layout == kTwoPass) return two_pass_launch(a, p.dtype, c.two_pass, c.splits, p.workspace, stream);
   if (c.splits == 0) {
-    if (!grow(c.stream, c.shared)) return MAMBA_ERROR_CUDA;
+    if (!allow_shared(c.stream, c.shared)) return MAMBA_ERROR_CUDA;
     c.stream<<<c.slots(), c.threads, c.shared, stream>>>(a);
     return launch_status();
   }
-  if (!grow(c.scan, c.shared)) return MAMBA_ERROR_CUDA;
+  if (!allow_shared(c.scan, c.shared)) return MAMBA_ERROR_CUDA;
   if (c.splits > 1) {
-    if (!grow(c.state, c.state_shared)) return MAMBA_ERROR_CUDA;
+    if (!allow_shared(c.state, c.state_shared)) return MAMBA_ERROR_CUDA;
     c.state<<<dim3(c.blocks_x, c.splits - 1, p.batch), c.threads, c.state_shared, stream>>>(a);
     const int size = p.headdim * p.d_state, wide = size % 4 == 0 && aligned(p.initial_state, 16) ? 4 : 1;
     const dim3 grid(ceil_div(size / wide, 128), p.nheads, p.batch);
@@ -307,6 +163,13 @@ extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32
   Choice chosen;
   if (choose(p, &chosen) != MAMBA_OK) return 0;
   add(chosen.tactic());
+  if (Choice c; find_two_pass(p, &c)) {
+    const int best = two_pass_pieces(p, c), most = p.batch * ceil_div(p.seqlen, c.chunk);
+    for (const int pieces : {best, 1, (best + 1) / 2, 2 * best}) {
+      c.splits = pieces;
+      if (pieces > 0 && pieces <= most) add(c.tactic());
+    }
+  }
   for (int layout = -1; layout < kLayouts; layout++) {
     Choice c;
     if (!(layout < 0 ? find_generic(p, &c) : find_layout(p, layout, &c))) continue;
@@ -329,7 +192,7 @@ extern "C" int mamba_ssd_scan(const mamba_ssd_scan_params* params, mamba_stream 
   if (!p.A || (p.seqlen > 0 && (!p.x || !p.dt || !p.B || !p.C || !p.y))) return MAMBA_ERROR_NULL_POINTER;
   Choice c;
   if (const int status = choose(p, &c); status != MAMBA_OK) return status;
-  if (c.splits != 1 && (!p.workspace || !aligned(p.workspace, 16) || p.workspace_size < workspace_bytes(p, c)))
+  if (workspace_bytes(p, c) > 0 && (!p.workspace || !aligned(p.workspace, 16) || p.workspace_size < workspace_bytes(p, c)))
     return MAMBA_ERROR_WORKSPACE;
   return launch(p, c, static_cast<cudaStream_t>(stream));
 }

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_hopper_kernel(const __grid
   }
   __syncthreads();
   if (threadIdx.x < L::kProducers) {
-    set_registers<L::kProducerRegisters>();
+    set_registers<L::kProducerRegisters, false>();
     Ring<L::kStages> ring;
     for_each_item<L, kMode>(p, [&](const Item& at, int, int, int) {
       float sum;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_hopper_kernel(const __grid
         p.split_decay[(static_cast<int64_t>(at.batch) * p.nheads + at.head0 + owner) * p.splits + blockIdx.y] = sum;
     });
   } else {
-    set_registers<L::kConsumerRegisters>();
+    set_registers<L::kConsumerRegisters, true>();
     hopper_consume<L, kMode>(p, shared);
   }
 }

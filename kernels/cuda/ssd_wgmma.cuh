@@ -1,4 +1,4 @@
-// Hopper's warpgroup matrix instructions (sm_90a): shared-memory descriptors, fences, the four forms the SSD scan uses.
+// Hopper's warpgroup matrix instructions (sm_90a): shared-memory descriptors, fences, the forms the SSD scan uses.
 #pragma once
 
 #include "ssd_mma.cuh"
@@ -33,9 +33,13 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t tile_b
          static_cast<uint64_t>(1024 >> 4) << 32 | 1ull << 62;
 }
 
-template <int kKeep>
+// The same, `bytes` further (a multiple of 16 that stays within shared memory).
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
+// kMore: than at launch.
+template <int kKeep, bool kMore>
 __device__ __forceinline__ void set_registers() {
-  if constexpr (kKeep > 128)
+  if constexpr (kMore)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kKeep));
   else
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kKeep));
@@ -55,6 +59,8 @@ __device__ __forceinline__ void set_registers() {
 
 // The instructions name the type of their operands, so each type has them spelled out: one text serves both.
 //   rows_rows     d (+)= a b for 64 x 64 outputs and 16 of depth, both operands rows of depth in shared memory
+//   rows_columns  the same for 64 x 64 or 64 x 128 outputs, b with depth down the rows
+//   columns_columns  the same, both operands in shared memory with depth down the rows
 //   regs_columns  d += a b for 64 x 64 or 64 x 128 outputs and 16 of depth: a in registers, b in shared memory with
 //                 depth down the rows
 template <typename T>
@@ -63,14 +69,45 @@ struct Wgmma;
 #define MAMBA_WGMMA(T, TYPE)                                                                                     \
   template <>                                                                                                    \
   struct Wgmma<T> {                                                                                              \
-    template <bool kAdd>                                                                                         \
-    static __device__ __forceinline__ void rows_rows(float (&d)[8][4], uint64_t a, uint64_t b) {                 \
+    static __device__ __forceinline__ void rows_rows(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {       \
       asm volatile(                                                                                              \
           "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                       \
           "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "                                        \
           "{" MAMBA_OUT_0_31 "}, %32, %33, add, 1, 1, 0, 0;\n}"                                                  \
           : MAMBA_ACC_8(0)                                                                                       \
-          : "l"(a), "l"(b), "n"(kAdd ? 1 : 0));                                                                  \
+          : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                         \
+    }                                                                                                            \
+    static __device__ __forceinline__ void rows_columns(float (&d)[8][4], uint64_t a, uint64_t b, bool add) {    \
+      asm volatile(                                                                                              \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                       \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "                                        \
+          "{" MAMBA_OUT_0_31 "}, %32, %33, add, 1, 1, 0, 1;\n}"                                                  \
+          : MAMBA_ACC_8(0)                                                                                       \
+          : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                         \
+    }                                                                                                            \
+    static __device__ __forceinline__ void rows_columns(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {   \
+      asm volatile(                                                                                              \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                       \
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "                                       \
+          "{" MAMBA_OUT_0_31 ", " MAMBA_OUT_32_63 "}, %64, %65, add, 1, 1, 0, 1;\n}"                             \
+          : MAMBA_ACC_8(0), MAMBA_ACC_8(8)                                                                       \
+          : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                         \
+    }                                                                                                            \
+    static __device__ __forceinline__ void columns_columns(float (&d)[8][4], uint64_t a, uint64_t b, bool add) { \
+      asm volatile(                                                                                              \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                                                       \
+          "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "                                        \
+          "{" MAMBA_OUT_0_31 "}, %32, %33, add, 1, 1, 1, 1;\n}"                                                  \
+          : MAMBA_ACC_8(0)                                                                                       \
+          : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                         \
+    }                                                                                                            \
+    static __device__ __forceinline__ void columns_columns(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {\
+      asm volatile(                                                                                              \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                       \
+          "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "                                       \
+          "{" MAMBA_OUT_0_31 ", " MAMBA_OUT_32_63 "}, %64, %65, add, 1, 1, 1, 1;\n}"                             \
+          : MAMBA_ACC_8(0), MAMBA_ACC_8(8)                                                                       \
+          : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                         \
     }                                                                                                            \
     static __device__ __forceinline__ void regs_columns(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b) {  \
       asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "                               \

@@ -12,6 +12,12 @@ from kernels.ssd_scan import ssd_scan, ssd_scan_tactics  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
 
+
+def tolerance(dtype: Any, tactic: int) -> float:
+    """float32 on tensor cores has the 16 bits of mantissa of two bfloat16 values."""
+    return 2e-5 if dtype == torch.float32 and tactic % 16 != 1 else TOLERANCE[dtype]
+
+
 # batch, seqlen, nheads, headdim, ngroups, d_state
 SHAPES = [
     (2, 200, 4, 64, 1, 128),
@@ -27,6 +33,8 @@ SHAPES = [
     (1, 70, 3, 48, 1, 40),
     (1, 37, 2, 7, 1, 5),
     (9, 130, 64, 64, 2, 128),  # more rows of heads than blocks: streams
+    (2, 900, 40, 64, 1, 128),  # several chunks of 128, both passes side by side
+    (3, 520, 10, 64, 2, 64),
 ]
 
 
@@ -110,8 +118,8 @@ def test_matches_float64(shape: tuple[int, ...], dtype: Any) -> None:
     expected, final = reference(**inputs)
     for tactic in tactics(inputs):
         y, h = run(inputs, tactic)
-        assert error(y, expected) < TOLERANCE[dtype], tactic
-        assert error(h, final) < TOLERANCE[dtype], tactic
+        assert error(y, expected) < tolerance(dtype, tactic), tactic
+        assert error(h, final) < tolerance(dtype, tactic), tactic
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -124,8 +132,8 @@ def test_ragged_rows_ignore_poisoned_padding(dtype: Any) -> None:
             inputs[name][row, length:] = float("nan")
     for tactic in tactics(inputs):
         y, h = run(inputs, tactic, seq_lens=lens)
-        assert error(y, expected) < TOLERANCE[dtype], tactic
-        assert error(h, final) < TOLERANCE[dtype], tactic
+        assert error(y, expected) < tolerance(dtype, tactic), tactic
+        assert error(h, final) < tolerance(dtype, tactic), tactic
         assert torch.equal(h[2], inputs["initial_state"][2])
 
 
@@ -139,13 +147,13 @@ def test_extreme_steps(dtype: Any) -> None:
     expected, final = reference(**inputs)
     for tactic in tactics(inputs):
         y, h = run(inputs, tactic)
-        assert error(y, expected) < TOLERANCE[dtype], tactic
-        assert error(h, final) < TOLERANCE[dtype], tactic
+        assert error(y, expected) < tolerance(dtype, tactic), tactic
+        assert error(h, final) < tolerance(dtype, tactic), tactic
     limited = inputs | {"dt_limit": (1e-3, 0.5)}
     expected, final = reference(**limited)
     for tactic in tactics(inputs):
         y, h = run(limited, tactic)
-        assert error(y, expected) < TOLERANCE[dtype], tactic
+        assert error(y, expected) < tolerance(dtype, tactic), tactic
 
 
 @pytest.mark.parametrize("cut", [1, 63, 64, 130])
@@ -157,8 +165,8 @@ def test_any_split_continues(cut: int) -> None:
         now = inputs | {name: inputs[name][:, piece] for name in ("x", "dt", "B", "C")}
         y, state = run(now, -1, initial_state=state)
         parts.append(y)
-    assert error(torch.cat(parts, 1), whole.double()) < 2e-6
-    assert error(state, final.double()) < 2e-6
+    assert error(torch.cat(parts, 1), whole.double()) < 2e-5
+    assert error(state, final.double()) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

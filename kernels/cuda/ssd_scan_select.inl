@@ -1,0 +1,218 @@
+// Which kernels serve a call of ssd_scan; included by ssd_scan.cu only.
+
+constexpr int kLayouts = 6;        // tried for every size; most have fewer
+constexpr int kHopperLayouts = 2;  // the first ones
+constexpr int kTwoPass = 6;        // the layout after all others
+constexpr int kMaxGrid = 65535;
+
+struct Device {
+  int sms, shared_block, shared_sm, capability;
+};
+
+const Device& device() {
+  static Device cached[64] = {};
+  int id = 0;
+  cudaGetDevice(&id);
+  Device& d = cached[id & 63];
+  if (d.sms == 0) {
+    cudaDeviceGetAttribute(&d.shared_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    cudaDeviceGetAttribute(&d.shared_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id);
+    d.capability = 10 * major + minor;
+    d.sms = sm_count();
+  }
+  return d;
+}
+
+// A tactic with all that its launches need.
+struct Choice {
+  int layout = -1;  // -1: generic
+  int splits = 1;   // 0: streaming; pairs of launches of the two-pass kernels
+  int heads = 1, chunk = 0, threads = 0, resident = 0, blocks_x = 0, shared = 0, state_shared = 0;
+  Kernel scan = nullptr, stream = nullptr, state = nullptr;
+  TwoPassPlan two_pass = {};
+
+  int tactic() const { return layout + 1 + 16 * splits; }
+  // Blocks that run at once; a multiprocessor keeps 1 KB of shared memory a block for itself.
+  int slots() const {
+    const int by_shared = device().shared_sm / (shared + 1024);
+    return device().sms * (by_shared < 1 ? 1 : by_shared < resident ? by_shared : resident);
+  }
+  int64_t rows(const mamba_ssd_scan_params& p) const { return static_cast<int64_t>(blocks_x) * p.batch; }
+  // Streaming needs runs of at least a row.
+  bool can_stream(const mamba_ssd_scan_params& p) const { return stream && p.seqlen > 0 && rows(p) >= slots(); }
+};
+
+bool multiple_of_8(int64_t a) { return a % 8 == 0; }
+
+// The tensor-core kernels move 16 bytes at a time.
+bool wide_access(const mamba_ssd_scan_params& p) {
+  const void* pointers[] = {p.x, p.B, p.C, p.y, p.z};
+  for (const void* at : pointers)
+    if (!aligned(at, 16)) return false;
+  if (!aligned(p.initial_state, 8) || !aligned(p.final_state, 8) || !aligned(p.D, 8)) return false;
+  return multiple_of_8(p.x_batch_stride) && multiple_of_8(p.x_token_stride) && multiple_of_8(p.B_batch_stride) &&
+         multiple_of_8(p.B_token_stride) && multiple_of_8(p.C_batch_stride) && multiple_of_8(p.C_token_stride) &&
+         multiple_of_8(p.y_batch_stride) && multiple_of_8(p.y_token_stride) && multiple_of_8(p.z_batch_stride) &&
+         multiple_of_8(p.z_token_stride);
+}
+
+bool find_plan(const mamba_ssd_scan_params& p, int layout, Plan* plan) {
+  if (layout < kHopperLayouts) {
+#ifdef MAMBA_SM90A
+    return device().capability == 90 && plan_hopper(p.dtype, p.headdim, p.d_state, layout, plan);
+#else
+    return false;
+#endif
+  }
+  switch (p.d_state) {
+    case 16: return plan_n16(p.dtype, p.headdim, layout - kHopperLayouts, plan);
+    case 64: return plan_n64(p.dtype, p.headdim, layout - kHopperLayouts, plan);
+    case 128: return plan_n128(p.dtype, p.headdim, layout - kHopperLayouts, plan);
+    case 256: return plan_n256(p.dtype, p.headdim, layout - kHopperLayouts, plan);
+    default: return false;
+  }
+}
+
+bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
+  // Their scores hold log2(dt): no negative steps.
+  if (p.dtype == MAMBA_F32 || !wide_access(p) || !(p.dt_min >= 0.f)) return false;
+  Plan plan;
+  if (!find_plan(p, layout, &plan) || plan.scan_shared > device().shared_block || plan.state_shared > device().shared_block) return false;
+  out->layout = layout, out->heads = plan.heads, out->chunk = plan.chunk, out->threads = plan.threads;
+  out->resident = plan.resident, out->shared = plan.scan_shared, out->state_shared = plan.state_shared;
+  out->scan = plan.scan, out->stream = plan.stream, out->state = plan.state;
+  out->blocks_x = ceil_div(p.nheads / p.ngroups, plan.heads) * p.ngroups;
+  return true;
+}
+
+bool find_generic(const mamba_ssd_scan_params& p, Choice* out) {
+  GenericPlan plan;
+  if (!generic_plan(p.dtype, p.d_state, device().shared_block, &plan)) return false;
+  out->layout = -1, out->chunk = plan.chunk, out->threads = plan.threads, out->resident = 2048 / plan.threads;
+  out->shared = out->state_shared = plan.shared;
+  out->scan = plan.scan, out->stream = nullptr, out->state = plan.state;
+  out->blocks_x = ceil_div(p.headdim, plan.cols) * p.nheads;
+  return true;
+}
+
+// The copy engine wants rows and tokens that do not lie on top of each other.
+bool copyable(const mamba_ssd_scan_params& p) {
+  if (p.dtype == MAMBA_F32) return true;
+  const bool rows = p.batch == 1 || (p.x_batch_stride > 0 && p.B_batch_stride > 0 && p.C_batch_stride > 0);
+  return rows && (p.seqlen == 1 || (p.x_token_stride > 0 && p.B_token_stride > 0 && p.C_token_stride > 0));
+}
+
+bool find_two_pass(const mamba_ssd_scan_params& p, Choice* out) {
+#ifdef MAMBA_SM90A
+  if (device().capability != 90 || p.seqlen == 0 || !wide_access(p) || !copyable(p) || !(p.dt_min >= 0.f)) return false;
+  if (!plan_two_pass(p.dtype, p.headdim, p.d_state, &out->two_pass)) return false;
+  out->layout = kTwoPass, out->chunk = kTwoPassChunk;
+  return true;
+#else
+  return false;
+#endif
+}
+
+// Pairs of launches: as few as keep the copies of the states within 128 MB. (More of them, for the L2 cache's sake, took
+// longer at every length measured.)
+int two_pass_pieces(const mamba_ssd_scan_params& p, const Choice& c) {
+  const int64_t row = ceil_div64(p.seqlen, kTwoPassChunk) * p.nheads * c.two_pass.image, most = 128 << 20;
+  if (row <= most) return static_cast<int>(ceil_div64(p.batch, most / row));
+  return p.batch * static_cast<int>(ceil_div64(row, most));
+}
+
+// A model of the time, in tokens of one block: whole waves of blocks, the state-only pass at its measured share of a
+// full chunk, and a constant for each launch.
+double cost(const mamba_ssd_scan_params& p, const Choice& c) {
+  const int chunks = ceil_div(p.seqlen, c.chunk);
+  const double slots = c.slots(), rows = static_cast<double>(c.rows(p));
+  if (c.splits == 0) return (rows * chunks / slots + 3.0) * c.chunk;
+  const int piece = ceil_div(chunks, c.splits);
+  const double waves = ceil(rows * c.splits / slots);
+  double total = waves * (piece + 3.0) - 2.0;
+  if (c.splits > 1) {
+    const double state_waves = ceil(rows * (c.splits - 1) / slots);
+    total += state_waves * (0.45 * piece + 2.0) + 1.5 + 0.1 * c.splits;
+  }
+  return total * c.chunk;
+}
+
+// The best number of pieces (or streaming) of a layout.
+void choose_splits(const mamba_ssd_scan_params& p, Choice* c, double* least) {
+  const int chunks = ceil_div(p.seqlen, c->chunk);
+  int best = 1;
+  *least = INFINITY;
+  for (int splits = c->can_stream(p) ? 0 : 1; splits <= 64 && (splits < 2 || splits * 2 <= chunks); splits++) {
+    c->splits = splits;
+    const double at = cost(p, *c);
+    if (at < *least) *least = at, best = splits;
+  }
+  c->splits = best;
+}
+
+int find_choice(const mamba_ssd_scan_params& p, Choice* out) {
+  if (p.tactic >= 0) {
+    const int layout = p.tactic % 16 - 1;
+    const bool found = layout < 0           ? find_generic(p, out)
+                       : layout == kTwoPass ? find_two_pass(p, out)
+                                            : layout < kLayouts && find_layout(p, layout, out);
+    out->splits = p.tactic / 16;
+    if (found && layout == kTwoPass)
+      return out->splits > 0 && out->splits <= p.batch * ceil_div(p.seqlen, out->chunk) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
+    if (!found || out->splits > kMaxGrid) return MAMBA_ERROR_TACTIC;
+    if (out->splits == 0) return out->can_stream(p) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
+    return out->splits == 1 || out->splits <= ceil_div(p.seqlen, out->chunk) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
+  }
+  // With a pair of heads for every multiprocessor nothing needs cutting, and one pass is faster; float32 has no other way.
+  const bool many = static_cast<int64_t>(p.batch) * p.ngroups * ceil_div(p.nheads / p.ngroups, 2) >= device().sms;
+  if ((p.dtype == MAMBA_F32 || !many) && find_two_pass(p, out)) {
+    out->splits = two_pass_pieces(p, *out);
+    return MAMBA_OK;
+  }
+  double least = INFINITY;
+  bool any = false;
+  for (int layout = 0; layout < kLayouts; layout++) {
+    Choice candidate;
+    if (!find_layout(p, layout, &candidate)) continue;
+    double at;
+    choose_splits(p, &candidate, &at);
+    if (at < least) least = at, *out = candidate, any = true;
+    if (layout < kHopperLayouts) break;  // measured ahead of every other layout
+  }
+  if (any) return MAMBA_OK;
+  if (!find_generic(p, out)) return MAMBA_ERROR_SHAPE;
+  choose_splits(p, out, &least);
+  return MAMBA_OK;
+}
+
+// find_choice, remembered: it takes longer than a launch, and a call needs it twice.
+int choose(const mamba_ssd_scan_params& p, Choice* out) {
+  struct Key {
+    int32_t known, device, dtype, batch, seqlen, nheads, headdim, ngroups, d_state, tactic, covered;
+  };
+  struct Entry {
+    Key key;
+    Choice choice;
+    int status;
+  };
+  thread_local Entry entries[8] = {};
+  thread_local int next = 0;
+  Key key = {1, 0, p.dtype, p.batch, p.seqlen, p.nheads, p.headdim, p.ngroups, p.d_state, p.tactic, 0};
+  cudaGetDevice(&key.device);
+  key.covered = (wide_access(p) && p.dt_min >= 0.f ? 1 : 0) + (copyable(p) ? 2 : 0);
+  for (const Entry& entry : entries) {
+    if (memcmp(&entry.key, &key, sizeof(key)) != 0) continue;
+    *out = entry.choice;
+    return entry.status;
+  }
+  Entry& entry = entries[next];
+  next = (next + 1) % 8;
+  entry.choice = Choice();
+  entry.status = find_choice(p, &entry.choice);
+  entry.key = key;
+  *out = entry.choice;
+  return entry.status;
+}

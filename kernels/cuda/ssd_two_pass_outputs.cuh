@@ -1,0 +1,312 @@
+// Second pass: y of every chunk of 128 tokens, from the copies of the states.
+//
+// A block has one chunk and some heads of a group. Its two warpgroups of consumers own 64 tokens each; C B^T is made
+// once and stays in registers. A warp owns 16 tokens: what its tokens take from those before the 16 shares a decay from
+// their start, so the scores need the decays of their columns only, from a table; the 16 x 16 block on the diagonal, which
+// weighs most and carries D, is made elementwise, as a sum of two 16-bit values.
+#pragma once
+
+#include "ssd_two_pass_stages.cuh"
+
+namespace mamba {
+namespace ssd {
+
+template <typename L>
+struct OutputsConsumer {
+  using T = typename L::T;
+  using E = typename L::E;
+  using Rows = Tile<64>;
+  static constexpr int kProducts = L::kParts == 2 ? 3 : 1;  // of a high and a low part each: high high, low high, high low
+  int warp;                                                 // within the warpgroup
+
+  // A fragments of 16 columns of scores, for the tokens behind them.
+  __device__ __forceinline__ static void weigh(const float (&left)[4], const float (&right)[4], const float* columns,
+                                               uint32_t (&scores)[L::kParts][4]) {
+    const float2 w0 = *reinterpret_cast<const float2*>(columns), w8 = *reinterpret_cast<const float2*>(columns + 8);
+    const float v[8] = {left[0] * w0.x,  left[1] * w0.y,  left[2] * w0.x,  left[3] * w0.y,
+                        right[0] * w8.x, right[1] * w8.y, right[2] * w8.x, right[3] * w8.y};
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      if constexpr (L::kParts == 2)
+        split<E>(v[2 * r], v[2 * r + 1], scores[0][r], scores[1][r]);
+      else
+        scores[0][r] = Traits<E>::pack(v[2 * r], v[2 * r + 1]);
+    }
+  }
+
+  // A fragments of the block on the diagonal: 16 x 16, of which the quarter above the diagonal is zero.
+  __device__ __forceinline__ void decay_diagonal(const float (&products)[2][4], const float* sum, const float* source, float D,
+                                                 uint32_t (&high)[4], uint32_t (&low)[4]) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, c = (lane & 3) * 2;
+    const float sum_lo = sum[g], sum_hi = sum[g + 8];
+    const float2 from0 = *reinterpret_cast<const float2*>(source + c), from8 = *reinterpret_cast<const float2*>(source + c + 8);
+    const float D0 = c == g ? D : 0.f, D1 = c + 1 == g ? D : 0.f;
+    const auto masked = [&](float v, float decay, int col, float skip) { return col > g ? 0.f : fmaf(v, decay, skip); };
+    split<E>(masked(products[0][0], ex2(sum_lo - from0.x), c, D0), masked(products[0][1], ex2(sum_lo - from0.y), c + 1, D1), high[0],
+             low[0]);
+    split<E>(products[0][2] * ex2(sum_hi - from0.x), products[0][3] * ex2(sum_hi - from0.y), high[1], low[1]);
+    high[2] = low[2] = 0;
+    split<E>(masked(products[1][2], ex2(sum_hi - from8.x), c, D0), masked(products[1][3], ex2(sum_hi - from8.y), c + 1, D1), high[3],
+             low[3]);
+  }
+
+  // y += the diagonal block times x: one block a warp, so not worth warpgroup products.
+  __device__ __forceinline__ static void add_diagonal(float (&y)[L::kAccumulators][4], const uint32_t (&high)[4],
+                                                      const uint32_t (&low)[4], uint32_t x_rows) {
+#pragma unroll
+    for (int n = 0; n < L::kAccumulators; n += 2) {
+      const uint32_t at = Rows::along(x_rows, n % 8) + n / 8 * kTileBytes;
+      uint32_t x[4];
+      ldmatrix_x4_trans(x, at);
+      Traits<E>::mma(y[n], low, x[0], x[1]), Traits<E>::mma(y[n + 1], low, x[2], x[3]);
+      Traits<E>::mma(y[n], high, x[0], x[1]), Traits<E>::mma(y[n + 1], high, x[2], x[3]);
+      if constexpr (L::kParts == 2) {
+        ldmatrix_x4_trans(x, at + L::kHeadTiles * kTileBytes);
+        Traits<E>::mma(y[n], high, x[0], x[1]), Traits<E>::mma(y[n + 1], high, x[2], x[3]);
+      }
+    }
+  }
+
+  // D of every channel, and the gate: both from global memory, in the accumulators' layout.
+  __device__ __forceinline__ void finish(const ScanArgs& p, float (&y)[L::kAccumulators][4], const T* x, const T* z, const float* D,
+                                         int rows) {
+    const int lane = threadIdx.x & 31, col = (lane & 3) * 2;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int t = half * 8 + (lane >> 2);
+      if (t >= rows) continue;
+#pragma unroll
+      for (int n = 0; n < L::kAccumulators; n++) {
+        float &a = y[n][half * 2], &b = y[n][half * 2 + 1];
+        if (D) {
+          const float2 f = to_float2(*reinterpret_cast<const pair_t<T>*>(x + t * p.x_token + n * 8 + col));
+          a = fmaf(D[n * 8 + col], f.x, a), b = fmaf(D[n * 8 + col + 1], f.y, b);
+        }
+        if (z) {
+          const float2 f = to_float2(*reinterpret_cast<const pair_t<T>*>(z + t * p.z_token + n * 8 + col));
+          a *= silu(f.x), b *= silu(f.y);
+        }
+      }
+    }
+  }
+
+  // This warp's 16 rows of y, packed, in 16-byte stores by way of its own place in shared memory.
+  __device__ __forceinline__ static void store(const uint32_t (&y)[L::kAccumulators][2], T* out, int64_t y_token, int rows,
+                                               uint32_t place) {
+    const int lane = threadIdx.x & 31, row = lane >> 3, piece = lane & 7;
+#pragma unroll
+    for (int tile = 0; tile < L::kHeadTiles; tile++) {
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < 8; k += 2)
+        store_matrix_x4(Rows::along(place + Rows::lane_16x16(), k), y[tile * 8 + k][0], y[tile * 8 + k][1], y[tile * 8 + k + 1][0],
+                        y[tile * 8 + k + 1][1]);
+      __syncwarp();
+      T* at = out + row * y_token + tile * 64 + piece * 8;
+#pragma unroll
+      for (int i = 0; i < 4; i++, at += 4 * y_token) {
+        uint4 v;
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                     : "r"(place + Rows::offset(row + 4 * i, piece)));
+        if (row + 4 * i < rows) store_global_16(at, v);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static void store_float(const float (&y)[L::kAccumulators][4], float* out, int64_t y_token, int rows) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int t = half * 8 + (lane >> 2);
+      if (t >= rows) continue;
+#pragma unroll
+      for (int n = 0; n < L::kAccumulators; n++)
+        *reinterpret_cast<float2*>(out + t * y_token + n * 8 + (lane & 3) * 2) = make_float2(y[n][half * 2], y[n][half * 2 + 1]);
+    }
+  }
+
+  // Tokens 64 kHalf and the 63 after it.
+  template <int kHalf>
+  __device__ __forceinline__ void run(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared) {
+    const ScanArgs& p = args.scan;
+    constexpr int kHalfRows = 64 * Rows::kRowBytes, kSteps = L::kState / 16, kLow = L::kStateTiles * kTileBytes;
+    constexpr int kBlocks = 4 * kHalf + 3;  // of 16 columns left of some diagonal block
+    const uint64_t from_C = descriptor(shared.C() + kHalf * kHalfRows), from_B = descriptor(shared.B());
+    float products[kHalf + 1][8][4];
+    mbarrier_wait(shared.ready(), 0);
+    wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < kProducts; part++)
+#pragma unroll
+      for (int k = 0; k < kSteps; k++) {
+        const uint32_t skip = k / 4 * kTileBytes + k % 4 * 32;
+#pragma unroll
+        for (int j = 0; j <= kHalf; j++)
+          Wgmma<E>::rows_rows(products[j], advance(from_C, skip + (part == 1 ? kLow : 0)),
+                              advance(from_B, j * kHalfRows + skip + (part == 2 ? kLow : 0)), part + k > 0);
+      }
+    wgmma_commit();
+    const auto from_state = [&](float(&y)[L::kAccumulators][4], int i) {  // starts y = C h
+      const uint64_t state = descriptor(shared.state(i % L::kStages), L::kStateTile);
+      mbarrier_wait(shared.state_full(i % L::kStages), i / L::kStages & 1);
+      wgmma_fence();
+#pragma unroll
+      for (int part = 0; part < kProducts; part++)
+#pragma unroll
+        for (int k = 0; k < kSteps; k++)
+          Wgmma<E>::rows_columns(y, advance(from_C, k / 4 * kTileBytes + k % 4 * 32 + (part == 1 ? kLow : 0)),
+                                 advance(state, k * 2048 + (part == 2 ? L::kHeadTiles * L::kStateTile : 0)), part + k > 0);
+      wgmma_commit();
+    };
+    wgmma_wait<0>();
+#pragma unroll
+    for (int j = 0; j <= kHalf; j++) pin(products[j]);
+    float diagonal[2][4];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int r = 0; r < 8; r++)
+        if (j == 0 || warp == j) diagonal[r / 4][r % 4] = products[kHalf][2 * j + r / 4][r % 4];
+
+    const int lane = threadIdx.x & 31, g = lane >> 2, c = (lane & 3) * 2;
+    const int64_t t = at.token0 + 64 * kHalf + warp * 16;
+    const int rows = at.end - static_cast<int>(t), valid = min(at.limit, at.end) - static_cast<int>(t);
+    T* out = static_cast<T*>(p.y) + at.batch * p.y_batch + t * p.y_token + at.head0 * L::kHeadDim;
+    const bool extras = p.z || p.d_per_channel;
+    float y[L::kAccumulators][4];
+    uint32_t packed[L::kAccumulators][2];
+    from_state(y, 0);
+    int i = 0;  // a block has a head at least
+#pragma unroll 1
+    do {
+      const int stage = i % L::kStages, head = at.head0 + i;
+      const uint32_t x_tile = shared.x(stage);
+      const uint64_t from_x = descriptor(x_tile, kTileBytes);
+      const DecayTable table = shared.table(stage);
+      mbarrier_wait(shared.x_full(stage), i / L::kStages & 1);
+      uint32_t scores[kBlocks][L::kParts][4];
+      const float* columns = table.columns(kHalf, warp) + c;
+#pragma unroll
+      for (int j = 0; j < kBlocks; j++) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+#pragma unroll
+          for (int part = 0; part < L::kParts; part++) scores[j][part][r] = 0;
+        }
+        if (j < 4 * kHalf + warp) weigh(products[j / 4][j % 4 * 2], products[j / 4][j % 4 * 2 + 1], columns + j * 16, scores[j]);
+      }
+      const float before = table.before(4 * kHalf + warp);
+      wgmma_wait<0>();
+      pin(y);
+#pragma unroll
+      for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= before, y[n][1] *= before, y[n][2] *= before, y[n][3] *= before;
+      pin(y);
+#pragma unroll
+      for (int j = 0; j < kBlocks; j++) pin(scores[j]);
+      wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < kBlocks; j++) {
+        Wgmma<E>::regs_columns(y, scores[j][0], advance(from_x, j * 2048));
+        if constexpr (L::kParts == 2) {
+          Wgmma<E>::regs_columns(y, scores[j][1], advance(from_x, j * 2048));
+          Wgmma<E>::regs_columns(y, scores[j][0], advance(from_x, j * 2048 + L::kHeadTiles * kTileBytes));
+        }
+      }
+      wgmma_commit();
+
+      if constexpr (L::kParts == 1) {
+        if (i > 0) store(packed, out + (i - 1) * L::kHeadDim, p.y_token, rows, shared.out(kHalf * 4 + warp));
+      }
+      uint32_t high[4], low[4];
+      const float* sum = table.sum() + kHalf * 64 + warp * 16;
+      decay_diagonal(diagonal, sum, table.source() + kHalf * 64 + warp * 16, table.skip(), high, low);
+      const float from_lo = ex2(sum[g]), from_hi = ex2(sum[g + 8]);
+      wgmma_wait<0>();
+      pin(y);
+#pragma unroll
+      for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= from_lo, y[n][1] *= from_lo, y[n][2] *= from_hi, y[n][3] *= from_hi;
+      add_diagonal(y, high, low, x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16());
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(shared.empty(stage));
+
+      if (__builtin_expect(extras, 0)) {
+        const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + head * L::kHeadDim;
+        const T* z = p.z ? static_cast<const T*>(p.z) + at.batch * p.z_batch + t * p.z_token + head * L::kHeadDim : nullptr;
+        finish(p, y, x, z, p.D && p.d_per_channel ? p.D + head * L::kHeadDim : nullptr, valid);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        if (half * 8 + g >= valid) {  // padding: its C was read as it lay there
+#pragma unroll
+          for (int n = 0; n < L::kAccumulators; n++) y[n][2 * half] = y[n][2 * half + 1] = 0.f;
+        }
+      if constexpr (L::kParts == 2) {
+        store_float(y, out + i * L::kHeadDim, p.y_token, rows);
+      } else {
+#pragma unroll
+        for (int n = 0; n < L::kAccumulators; n++)
+          packed[n][0] = Traits<E>::pack(y[n][0], y[n][1]), packed[n][1] = Traits<E>::pack(y[n][2], y[n][3]);
+      }
+      if (i + 1 < at.heads) from_state(y, i + 1);
+    } while (++i < at.heads);
+    if constexpr (L::kParts == 1)
+      store(packed, out + (at.heads - 1) * L::kHeadDim, p.y_token, rows, shared.out(kHalf * 4 + warp));
+  }
+};
+
+template <typename L>
+__global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __grid_constant__ TwoPassArgs args) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const OutputsShared<L> shared{memory};
+  const ScanArgs& p = args.scan;
+  using T = typename L::T;
+  OutputsItem at;
+  const int heads_per_group = p.nheads / p.ngroups;
+  const int blocks = (heads_per_group + args.heads_per_block - 1) / args.heads_per_block;  // of a group
+  // Early chunks first, of all rows: the first pass makes their states first.
+  const int block = blockIdx.x % (blocks * p.ngroups), row = blockIdx.x / (blocks * p.ngroups) % args.rows;
+  const int chunk = blockIdx.x / (blocks * p.ngroups * args.rows);
+  const int first = block % blocks * args.heads_per_block;
+  at.group = block / blocks, at.head0 = at.group * heads_per_group + first;
+  at.heads = min(args.heads_per_block, heads_per_group - first);
+  at.batch = args.batch0 + row, at.token0 = (args.chunk0 + chunk) * kTileRows;
+  at.end = min(p.seqlen, at.token0 + kTileRows), at.limit = valid_tokens(p, at.batch);
+  at.image = (static_cast<int64_t>(row) * p.nheads + at.head0) * args.chunks + chunk;
+  dependents_may_launch();
+  if (at.limit <= at.token0) {  // nothing but padding
+    wait_for_kernel_before();
+    T* y = static_cast<T*>(p.y) + at.batch * p.y_batch + at.head0 * L::kHeadDim;
+    constexpr int kWide = 16 / sizeof(T);
+    const int pieces = at.heads * L::kHeadDim / kWide;
+    for (int idx = threadIdx.x; idx < (at.end - at.token0) * pieces; idx += L::kThreads)
+      *reinterpret_cast<uint4*>(y + (at.token0 + idx / pieces) * p.y_token + idx % pieces * kWide) = make_uint4(0, 0, 0, 0);
+    return;
+  }
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared.ready(), L::kParts == 2 ? L::kProducers : 1), mbarrier_init(shared.landed(), 1);
+    for (int s = 0; s < L::kStages; s++) {
+      mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kLoaders : 2);  // 2: the tile and the decays
+      mbarrier_init(shared.state_full(s), 1);
+      mbarrier_init(shared.empty(s), L::kConsumers / 32);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x < L::kProducers) {
+    set_registers<L::kProducerRegisters, false>();
+    outputs_produce<L>(args, at, shared);
+  } else {
+    set_registers<L::kConsumerRegisters, true>();
+    OutputsConsumer<L> me;
+    const int warp = __shfl_sync(0xffffffffu, (threadIdx.x - L::kProducers) / 32, 0);  // tells that it is uniform
+    me.warp = warp % 4;
+    if (warp < 4)
+      me.template run<0>(args, at, shared);
+    else
+      me.template run<1>(args, at, shared);
+  }
+}
+
+}  // namespace ssd
+}  // namespace mamba

@@ -1,0 +1,37 @@
+// The two-pass kernels: compiled for sm_90a only (see CMakeLists.txt), used on devices of compute capability 9.0.
+#include "ssd_two_pass_outputs.cuh"
+#include "ssd_two_pass_states.cuh"
+
+namespace mamba {
+namespace ssd {
+namespace {
+
+template <typename L>
+TwoPassPlan::States states_of() {
+  return {ssd_states_kernel<L>, L::kSplit, L::kThreads, L::kShared};
+}
+
+// kFew, kMany: warpgroups a block of the first pass, for fewest blocks and for most.
+template <typename T, int kHeadDim, int kState, int kFew, int kMany>
+TwoPassPlan plan_of() {
+  using L = OutputsLayout<T, kHeadDim, kState>;
+  return {{states_of<StatesLayout<T, kHeadDim, kState, kFew>>(), states_of<StatesLayout<T, kHeadDim, kState, kMany>>()},
+          ssd_outputs_kernel<L>, L::kThreads, L::kShared, L::kImage};
+}
+
+template <typename T>
+bool plan_for(int headdim, int d_state, TwoPassPlan* plan) {
+  if (headdim == 64 && d_state == 128) *plan = plan_of<T, 64, 128, sizeof(T) == 2 ? 2 : 1, 1>();
+  if (headdim == 64 && d_state == 64) *plan = plan_of<T, 64, 64, 1, 1>();
+  return headdim == 64 && (d_state == 128 || d_state == 64);
+}
+
+}  // namespace
+
+bool plan_two_pass(int dtype, int headdim, int d_state, TwoPassPlan* plan) {
+  if (dtype == MAMBA_F32) return plan_for<float>(headdim, d_state, plan);
+  return dtype == MAMBA_BF16 ? plan_for<__nv_bfloat16>(headdim, d_state, plan) : plan_for<__half>(headdim, d_state, plan);
+}
+
+}  // namespace ssd
+}  // namespace mamba

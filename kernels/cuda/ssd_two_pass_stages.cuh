@@ -1,0 +1,174 @@
+// Second pass of the SSD scan for Hopper: what a block's stages hold, and the warps that fill them.
+#pragma once
+
+#include "ssd_two_pass.cuh"
+
+namespace mamba {
+namespace ssd {
+
+template <typename T_, int kHeadDim_, int kState_>
+struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_> {
+  using Base = TwoPass<T_, kHeadDim_, kState_>;
+  static constexpr int kProducers = 128, kConsumers = 256, kThreads = kProducers + kConsumers;
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+  static constexpr int kInput = Base::kParts * Base::kHeadTiles * kTileBytes;  // x of one head
+  static constexpr int kStage = kInput + Base::kImage;
+  static constexpr int kStates = Base::kParts * Base::kStateTiles * kTileBytes;  // C or B
+  static constexpr int kOut = sizeof(T_) == 2 ? kTileBytes : 0;  // where y of 64 columns is put in order
+  static constexpr int kTable = (128 + 128 + 4 * 64 + 4 * 128 + 8 + 4) * 4;  // bytes of a DecayTable
+  static constexpr int kFixed = 2 * kStates + kOut + 128;
+  static constexpr int kStages = kFixed + 4 * (kStage + kTable) <= 232448   ? 4
+                                 : kFixed + 2 * (kStage + kTable) <= 232448 ? 2
+                                                                            : 1;
+  static constexpr int kLoaders = kProducers / kStages;  // threads that fill a stage, for float32
+  static constexpr int kStageAt = 2 * kStates, kOutAt = kStageAt + kStages * kStage, kTableAt = kOutAt + kOut;
+  static constexpr int kBarrierAt = kTableAt + kStages * kTable;
+  static constexpr int kShared = kBarrierAt + 128;
+  static_assert(kShared <= 232448, "does not fit");
+};
+
+// The decays of one head in a chunk, exp except for `sum` and `source`.
+struct DecayTable {
+  float* base;
+  __device__ float* sum() const { return base; }           // log2, from the start of the token's 16 up to and with it
+  __device__ float* source() const { return base + 128; }  // the same less log2 dt
+  // Block `block` of 16 in half `half`: from token s to the block's start, times dt, for the tokens before it.
+  __device__ float* columns(int half, int block) const { return base + 256 + (half ? 256 + block * 128 : block * 64); }
+  __device__ float& before(int block) const { return base[1024 + block]; }  // from the chunk's start to that of block 0 to 7
+
+  __device__ float& skip() const { return base[1032]; }  // D
+
+  template <typename T>
+  __device__ __forceinline__ void make(const ChunkDecay<T>& d, float D) const {
+    const int lane = threadIdx.x & 31, block = lane % 16 / 4, half = lane / 16;
+    const float first = __shfl_sync(0xffffffffu, d.half, 0), end = d.before + d.total;
+    reinterpret_cast<float4*>(sum())[lane] = make_float4(d.sum[0], d.sum[1], d.sum[2], d.sum[3]);
+    reinterpret_cast<float4*>(source())[lane] =
+        make_float4(d.sum[0] - lg2(d.dt[0]), d.sum[1] - lg2(d.dt[1]), d.sum[2] - lg2(d.dt[2]), d.sum[3] - lg2(d.dt[3]));
+    if (lane == 0) skip() = D;
+    if (lane % 4 == 0) before(lane / 4) = ex2(d.before + (half ? first : 0.f));
+#pragma unroll
+    for (int to = 0; to < 4; to++) {
+      const float low = __shfl_sync(0xffffffffu, d.before, 4 * to), high = __shfl_sync(0xffffffffu, d.before, 16 + 4 * to);
+      if (half == 0 && block < to) reinterpret_cast<float4*>(columns(0, to))[lane] = d.weights(low - end);
+      if (half == 0 || block < to) reinterpret_cast<float4*>(columns(1, to))[lane] = d.weights(high - end + (half ? 0.f : first));
+    }
+  }
+};
+
+template <typename L>
+struct OutputsShared {
+  uint8_t* base;
+  __device__ uint32_t C() const { return smem_address(base); }
+  __device__ uint32_t B() const { return C() + L::kStates; }
+  __device__ uint32_t x(int s) const { return C() + L::kStageAt + s * L::kStage; }
+  __device__ uint32_t state(int s) const { return x(s) + L::kInput; }
+  __device__ uint32_t out(int warp) const { return C() + L::kOutAt + warp * 2048; }
+  __device__ DecayTable table(int s) const { return {reinterpret_cast<float*>(base + L::kTableAt + s * L::kTable)}; }
+  __device__ uint64_t* barrier(int i) const { return reinterpret_cast<uint64_t*>(base + L::kBarrierAt) + i; }
+  __device__ uint64_t* ready() const { return barrier(0); }   // C and B
+  __device__ uint64_t* landed() const { return barrier(1); }  // x whose padding must be cleared
+  __device__ uint64_t* x_full(int s) const { return barrier(2 + s); }  // and the decays
+  __device__ uint64_t* state_full(int s) const { return barrier(2 + L::kStages + s); }
+  __device__ uint64_t* empty(int s) const { return barrier(2 + 2 * L::kStages + s); }
+};
+
+struct OutputsItem {
+  int batch, head0, heads, group;
+  int token0, limit, end;  // first token, valid tokens of the row, end of this chunk
+  int64_t image;           // of the first head
+};
+
+template <typename L>
+__device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared) {
+  using T = typename L::T;
+  const ScanArgs& p = args.scan;
+  const int rows = at.limit - at.token0, warp = threadIdx.x / 32;
+  const auto free = [&](int i) { mbarrier_wait(shared.empty(i % L::kStages), (i / L::kStages & 1) ^ 1); };
+  const auto load_state = [&](int i) {
+    const int stage = i % L::kStages;
+    const int64_t index = at.image + static_cast<int64_t>(i) * args.chunks;
+    const uint8_t* image = static_cast<const uint8_t*>(args.states) + index * L::kImage;
+    bulk_load(shared.state(stage), image, L::kImage, shared.state_full(stage));
+  };
+  if constexpr (L::kParts == 2) {
+    const int64_t t = at.token0;
+    const int stage = threadIdx.x / L::kLoaders, thread = threadIdx.x % L::kLoaders;
+    constexpr int kLow = L::kStateTiles * kTileBytes;
+    const T* C = static_cast<const T*>(p.C) + at.batch * p.C_batch + t * p.C_token + at.group * L::kState;
+    const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + t * p.B_token + at.group * L::kState;
+    const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + at.head0 * L::kHeadDim;
+#pragma unroll 1
+    for (int i = 0; i < L::kStateTiles; i++) {
+      split_tile<L::kProducers, 4>(shared.C() + i * kTileBytes, kLow, C + i * 64, p.C_token, rows, threadIdx.x);
+      split_tile<L::kProducers, 4>(shared.B() + i * kTileBytes, kLow, B + i * 64, p.B_token, rows, threadIdx.x);
+    }
+    fence_async_proxy();
+    mbarrier_arrive(shared.ready());
+#pragma unroll 1
+    for (int i = stage; i < at.heads; i += L::kStages) {
+      ChunkDecay<T> decay;
+      if (thread < 32) decay.fetch(p, at.batch, at.head0 + i, at.token0, at.limit);
+      free(i);
+#pragma unroll
+      for (int k = 0; k < L::kHeadTiles; k++)
+        split_tile<L::kLoaders, 4>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + i * L::kHeadDim + k * 64, p.x_token,
+                                rows, thread);
+      if (i == stage) wait_for_kernel_before();
+      if (thread == 0) load_state(i);
+      if (thread < 32) {
+        __syncwarp();
+        decay.finish(p, at.head0 + i, at.token0, at.limit), shared.table(stage).make(decay, p.D && !p.d_per_channel ? p.D[at.head0 + i] : 0.f);
+      }
+      fence_async_proxy();
+      mbarrier_arrive(shared.x_full(stage));
+    }
+  } else if (warp == 0) {
+    if (threadIdx.x == 0) {
+      expect_bytes(shared.ready(), 2 * L::kStates);
+#pragma unroll
+      for (int i = 0; i < L::kStateTiles; i++) {
+        tensor_load(shared.C() + i * kTileBytes, args.C, at.group * L::kState + i * 64, at.token0, at.batch, shared.ready());
+        tensor_load(shared.B() + i * kTileBytes, args.B, at.group * L::kState + i * 64, at.token0, at.batch, shared.ready());
+      }
+    }
+    const bool clear = rows < kTileRows && at.limit < p.seqlen;
+#pragma unroll 1
+    for (int i = 0; i < at.heads; i++) {
+      const int stage = i % L::kStages;
+      uint64_t* bar = clear ? shared.landed() : shared.x_full(stage);
+      free(i);
+      if (threadIdx.x == 0) {
+        expect_bytes(bar, L::kInput);
+#pragma unroll
+        for (int k = 0; k < L::kHeadTiles; k++)
+          tensor_load(shared.x(stage) + k * kTileBytes, args.x, (at.head0 + i) * L::kHeadDim + k * 64, at.token0, at.batch, bar);
+        if (i == 0) wait_for_kernel_before();
+        load_state(i);
+      }
+      __syncwarp();
+      if (clear) {
+        mbarrier_wait(bar, i & 1);
+        clear_rows(shared.x(stage), L::kHeadTiles, rows);
+        fence_async_proxy();
+        __syncwarp();
+        if (threadIdx.x == 0) mbarrier_arrive(shared.x_full(stage));
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = warp - 1; i < at.heads; i += 3) {
+      ChunkDecay<T> decay;
+      decay.fetch(p, at.batch, at.head0 + i, at.token0, at.limit);
+      const float D = p.D && !p.d_per_channel ? p.D[at.head0 + i] : 0.f;
+      free(i);
+      decay.finish(p, at.head0 + i, at.token0, at.limit);
+      shared.table(i % L::kStages).make(decay, D);
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.x_full(i % L::kStages));
+    }
+  }
+}
+
+}  // namespace ssd
+}  // namespace mamba

@@ -1,0 +1,321 @@
+// First pass: the state before every chunk of 128 tokens.
+//
+// A block has one head and kWgs warpgroups of consumers, each with 64 rows of d_state: its part of the transposed state,
+// [64 of d_state][headdim], stays in registers as accumulators. Per chunk h = decay h + B^T (x weight): another warpgroup
+// weighs x in its place in shared memory, ahead of the consumers, whose chain from chunk to chunk is the critical one.
+#pragma once
+
+#include "ssd_two_pass.cuh"
+
+namespace mamba {
+namespace ssd {
+
+template <typename T_, int kHeadDim_, int kState_, int kWgs_>
+struct StatesLayout : TwoPass<T_, kHeadDim_, kState_> {
+  using Base = TwoPass<T_, kHeadDim_, kState_>;
+  static constexpr int kWgs = kWgs_, kSplit = Base::kStateTiles / kWgs;  // blocks a head
+  static constexpr int kProducers = 128, kWeighers = 128, kConsumers = 128 * kWgs;
+  static constexpr int kThreads = kProducers + kWeighers + kConsumers;
+  // The producers' warps: loads (one thread; all of two warps for float32), then weights.
+  static constexpr int kLoaders = Base::kParts == 2 ? 64 : 32, kWeighing = kLoaders / 32;
+  static constexpr int kStage = Base::kParts * (kWgs + Base::kHeadTiles) * kTileBytes;  // B, then x; high before low
+  static constexpr int kStages = 4 * kStage <= 196608 ? 4 : 2;
+  static constexpr int kOut = Base::kParts * Base::kHeadTiles * 2048;  // bytes of a warp's part of an image
+  static constexpr int kOutAt = kStages * kStage, kWeightAt = kOutAt + 4 * kWgs * kOut;
+  static constexpr int kDecayAt = kWeightAt + kStages * kTileRows * 4;
+  static constexpr int kBarrierAt = kDecayAt + 16;
+  static constexpr int kShared = kBarrierAt + (3 * kStages + 1) * 8;
+  static_assert(Base::kStateTiles % kWgs == 0 && kShared <= 232448, "whole blocks");
+};
+
+template <typename L>
+struct StatesShared {
+  uint8_t* base;
+  __device__ uint32_t B(int s, int wg) const { return smem_address(base) + s * L::kStage + wg * kTileBytes; }
+  __device__ uint32_t x(int s) const { return B(s, L::kParts * L::kWgs); }
+  __device__ uint32_t out(int warp) const { return smem_address(base) + L::kOutAt + warp * L::kOut; }
+  __device__ float* weights(int s) const { return reinterpret_cast<float*>(base + L::kWeightAt) + s * kTileRows; }
+  __device__ float& decay(int s) const { return reinterpret_cast<float*>(base + L::kDecayAt)[s]; }
+  __device__ uint64_t* full(int s) const { return reinterpret_cast<uint64_t*>(base + L::kBarrierAt) + s; }
+  __device__ uint64_t* empty(int s) const { return full(L::kStages + s); }
+  __device__ uint64_t* weighted(int s) const { return full(2 * L::kStages + s); }
+  __device__ uint64_t* landed() const { return full(3 * L::kStages); }  // of a tile whose padding must be cleared
+};
+
+// What a block works on.
+struct StatesItem {
+  int batch, head, part;  // part: of d_state, when several blocks share a head
+  int token0, limit;      // of the row
+  int chunks;             // with valid tokens, of this launch
+};
+
+template <typename L>
+struct StatesConsumer {
+  using T = typename L::T;
+  using E = typename L::E;
+  using Rows = Tile<64>;
+  int wg, warp;  // warp: within the warpgroup
+  float h[L::kAccumulators][4];
+
+  // Walks this thread's pairs (d_state, headdim): visit(first, second, index of the first) with headdim next to each other.
+  template <typename Visit>
+  __device__ __forceinline__ void each(int part, Visit visit) {
+    const int lane = threadIdx.x & 31, row = (part * L::kWgs + wg) * 64 + warp * 16 + (lane >> 2);
+#pragma unroll
+    for (int n = 0; n < L::kAccumulators; n++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int at = (n * 8 + (lane & 3) * 2) * L::kState + row + half * 8;
+        visit(h[n][2 * half], at), visit(h[n][2 * half + 1], at + L::kState);
+      }
+  }
+
+  __device__ __forceinline__ void load(const TwoPassArgs& args, const StatesItem& at) {
+    const ScanArgs& p = args.scan;
+    const float* from = args.chunk0 > 0 ? args.carry : p.initial_state;
+    const int64_t row = args.chunk0 > 0 ? at.batch - args.batch0 : at.batch;
+    if (from) {
+      from += (row * p.nheads + at.head) * L::kHeadDim * L::kState;
+      each(at.part, [&](float& v, int index) { v = __ldcg(from + index); });
+    } else {
+      each(at.part, [&](float& v, int) { v = 0.f; });
+    }
+  }
+
+  __device__ __forceinline__ void store(const TwoPassArgs& args, const StatesItem& at) {
+    const ScanArgs& p = args.scan;
+    const bool last = (args.chunk0 + args.chunks) * kTileRows >= p.seqlen;
+    float* to = last ? p.final_state : args.carry;
+    const int64_t row = last ? at.batch : at.batch - args.batch0;
+    if (!to) return;
+    to += (row * p.nheads + at.head) * L::kHeadDim * L::kState;
+    each(at.part, [&](float& v, int index) { to[index] = v; });
+  }
+
+  // The 16-bit copy of this warp's rows, by way of shared memory.
+  __device__ __forceinline__ void publish(const StatesShared<L>& shared, uint8_t* image) {
+    const bool leader = (threadIdx.x & 31) == 0;
+    if (leader) bulk_wait_read();
+    __syncwarp();
+    const uint32_t out = shared.out(wg * 4 + warp), rows = out + Rows::lane_16x16();
+#pragma unroll
+    for (int n = 0; n < L::kAccumulators; n += 2) {
+      uint32_t high[4], low[4];
+      split<E>(h[n][0], h[n][1], high[0], low[0]), split<E>(h[n][2], h[n][3], high[1], low[1]);
+      split<E>(h[n + 1][0], h[n + 1][1], high[2], low[2]), split<E>(h[n + 1][2], h[n + 1][3], high[3], low[3]);
+      const uint32_t to = Rows::along(rows, n % 8) + n / 8 * 2048;
+      store_matrix_x4(to, high[0], high[1], high[2], high[3]);
+      if (L::kParts == 2) store_matrix_x4(to + L::kHeadTiles * 2048, low[0], low[1], low[2], low[3]);
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (leader) {
+#pragma unroll
+      for (int i = 0; i < L::kParts * L::kHeadTiles; i++) bulk_store(image + i * L::kStateTile, out + i * 2048, 2048);
+      bulk_commit();
+    }
+  }
+
+  // Starts what chunk c adds: B^T (x weight).
+  __device__ __forceinline__ void begin(const StatesShared<L>& shared, int c, float (&added)[L::kAccumulators][4]) {
+    const int stage = c % L::kStages;
+    const uint64_t from_B = descriptor(shared.B(stage, wg)), from_x = descriptor(shared.x(stage), kTileBytes);
+    mbarrier_wait(shared.weighted(stage), c / L::kStages & 1);
+    wgmma_fence();
+#pragma unroll
+    for (int part = 0; part < (L::kParts == 2 ? 3 : 1); part++)
+#pragma unroll
+      for (int j = 0; j < 8; j++)
+        Wgmma<E>::columns_columns(added, advance(from_B, j * 2048 + (part == 1 ? L::kWgs * kTileBytes : 0)),
+                                  advance(from_x, j * 2048 + (part == 2 ? L::kHeadTiles * kTileBytes : 0)), part + j > 0);
+    wgmma_commit();
+  }
+
+  // Ends chunk c.
+  __device__ __forceinline__ void end(const StatesShared<L>& shared, int c, float (&added)[L::kAccumulators][4]) {
+    const int stage = c % L::kStages;
+    const float decay = shared.decay(stage);
+    wgmma_wait<0>();
+    pin(added);
+#pragma unroll
+    for (int n = 0; n < L::kAccumulators; n++)
+#pragma unroll
+      for (int r = 0; r < 4; r++) h[n][r] = fmaf(decay, h[n][r], added[n][r]);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.empty(stage));
+  }
+
+  __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
+    const int64_t row = static_cast<int64_t>(at.batch - args.batch0) * args.scan.nheads + at.head;
+    uint8_t* image = static_cast<uint8_t*>(args.states) + row * args.chunks * L::kImage + ((at.part * L::kWgs + wg) * 4 + warp) * 2048;
+    wait_for_kernel_before();
+    load(args, at);
+    if (at.chunks > 0) {
+      // The copy goes out while the matrix unit is at the next chunk.
+      float added[L::kAccumulators][4];
+      begin(shared, 0, added);
+      publish(shared, image);
+#pragma unroll 1
+      for (int c = 1; c < at.chunks; c++) {
+        end(shared, c - 1, added);
+        begin(shared, c, added);
+        publish(shared, image + static_cast<int64_t>(c) * L::kImage);
+      }
+      end(shared, at.chunks - 1, added);
+    }
+    store(args, at);
+    if ((threadIdx.x & 31) == 0) bulk_wait<0>();
+  }
+};
+
+// x times the weights of its tokens, in place.
+template <typename L>
+__device__ __forceinline__ void states_weigh(const StatesItem& at, const StatesShared<L>& shared) {
+  using E = typename L::E;
+  const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;  // rows 16 apart share a swizzle
+  constexpr int kLow = L::kHeadTiles * kTileBytes;
+#pragma unroll 1
+  for (int c = 0; c < at.chunks; c++) {
+    const int stage = c % L::kStages;
+    mbarrier_wait(shared.full(stage), c / L::kStages & 1);
+    const float* weights = shared.weights(stage) + row;
+    const uint32_t first = shared.x(stage) + Tile<64>::offset(row, piece);
+#pragma unroll
+    for (int tile = 0; tile < L::kHeadTiles; tile++) {
+      uint32_t x[L::kParts][8][4];
+#pragma unroll
+      for (int part = 0; part < L::kParts; part++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) load_shared_16(first + part * kLow + tile * kTileBytes + i * 2048, x[part][i]);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const float w = weights[i * 16];
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          float2 f = Traits<E>::unpack(x[0][i][r]);
+          if constexpr (L::kParts == 2) {
+            const float2 low = Traits<E>::unpack(x[1][i][r]);
+            f.x += low.x, f.y += low.y;
+            split<E>(f.x * w, f.y * w, x[0][i][r], x[1][i][r]);
+          } else {
+            x[0][i][r] = Traits<E>::pack(f.x * w, f.y * w);
+          }
+        }
+#pragma unroll
+        for (int part = 0; part < L::kParts; part++) store_shared_16(first + part * kLow + tile * kTileBytes + i * 2048, x[part][i]);
+      }
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.weighted(stage));
+  }
+}
+
+// The weights of a chunk's tokens and its decay, by one warp.
+template <typename L>
+__device__ __forceinline__ void make_weights(const ScanArgs& p, const StatesItem& at, const StatesShared<L>& shared, int stage,
+                                             int token0, ChunkDecay<typename L::T>& decay) {
+  const int lane = threadIdx.x & 31;
+  decay.finish(p, at.head, token0, at.limit);
+  const float second = __shfl_sync(0xffffffffu, decay.half, 31), first = __shfl_sync(0xffffffffu, decay.half, 0);
+  // Behind the block: the rest of its 64 tokens, and for the first 64 the others.
+  const float after = decay.half - (decay.before + decay.total) + (lane < 16 ? second : 0.f);
+  *reinterpret_cast<float4*>(shared.weights(stage) + lane * 4) = decay.weights(after);
+  if (lane == 0) shared.decay(stage) = ex2(first + second);
+}
+
+template <typename L>
+__device__ __forceinline__ void states_produce(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
+  using T = typename L::T;
+  const ScanArgs& p = args.scan;
+  const int warp = threadIdx.x / 32, group = at.head / (p.nheads / p.ngroups);
+  const auto free = [&](int c) { mbarrier_wait(shared.empty(c % L::kStages), (c / L::kStages & 1) ^ 1); };
+  const auto token0 = [&](int c) { return at.token0 + c * kTileRows; };
+  if (warp >= L::kWeighing) {
+#pragma unroll 1
+    for (int c = warp - L::kWeighing; c < at.chunks; c += 4 - L::kWeighing) {
+      ChunkDecay<T> decay;
+      decay.fetch(p, at.batch, at.head, token0(c), at.limit);
+      free(c);
+      make_weights<L>(p, at, shared, c % L::kStages, token0(c), decay);
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.full(c % L::kStages));
+    }
+  } else if constexpr (L::kParts == 2) {
+    const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + group * L::kState + at.part * L::kWgs * 64;
+    const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + at.head * L::kHeadDim;
+#pragma unroll 1
+    for (int c = 0; c < at.chunks; c++) {
+      const int64_t t = token0(c);
+      const int rows = at.limit - token0(c), stage = c % L::kStages;
+      free(c);
+#pragma unroll
+      for (int wg = 0; wg < L::kWgs; wg++)
+        split_tile<L::kLoaders, 8>(shared.B(stage, wg), L::kWgs * kTileBytes, B + t * p.B_token + wg * 64, p.B_token, rows, threadIdx.x);
+#pragma unroll
+      for (int i = 0; i < L::kHeadTiles; i++)
+        split_tile<L::kLoaders, 8>(shared.x(stage) + i * kTileBytes, L::kHeadTiles * kTileBytes, x + t * p.x_token + i * 64,
+                                   p.x_token, rows, threadIdx.x);
+      fence_async_proxy();
+      mbarrier_arrive(shared.full(stage));
+    }
+  } else {
+#pragma unroll 1
+    for (int c = 0; c < at.chunks; c++) {
+      const int stage = c % L::kStages, rows = at.limit - token0(c);
+      const bool clear = rows < kTileRows && at.limit < p.seqlen;
+      uint64_t* bar = clear ? shared.landed() : shared.full(stage);
+      free(c);
+      if (threadIdx.x == 0) {
+        expect_bytes(bar, L::kStage);
+#pragma unroll
+        for (int wg = 0; wg < L::kWgs; wg++)
+          tensor_load(shared.B(stage, wg), args.B, group * L::kState + (at.part * L::kWgs + wg) * 64, token0(c), at.batch, bar);
+#pragma unroll
+        for (int i = 0; i < L::kHeadTiles; i++)
+          tensor_load(shared.x(stage) + i * kTileBytes, args.x, at.head * L::kHeadDim + i * 64, token0(c), at.batch, bar);
+      }
+      if (clear) {  // the last chunk of a row
+        mbarrier_wait(bar, 0);
+        clear_rows(shared.B(stage, 0), L::kWgs + L::kHeadTiles, rows);
+        fence_async_proxy();
+        __syncwarp();
+        if (threadIdx.x == 0) mbarrier_arrive(shared.full(stage));
+      }
+      __syncwarp();
+    }
+  }
+}
+
+template <typename L>
+__global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid_constant__ TwoPassArgs args) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  const StatesShared<L> shared{memory};
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < L::kStages; s++) {
+      mbarrier_init(shared.full(s), (L::kParts == 2 ? L::kLoaders : 1) + 1);  // tiles and weights
+      mbarrier_init(shared.weighted(s), 4), mbarrier_init(shared.empty(s), L::kConsumers / 32);
+    }
+    mbarrier_init(shared.landed(), 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  dependents_may_launch();
+  StatesItem at;
+  at.part = blockIdx.x % L::kSplit, at.head = blockIdx.x / L::kSplit, at.batch = args.batch0 + blockIdx.y;
+  at.token0 = args.chunk0 * kTileRows, at.limit = valid_tokens(args.scan, at.batch);
+  at.chunks = max(0, min(args.chunks, (at.limit - at.token0 + kTileRows - 1) / kTileRows));
+  if (threadIdx.x < L::kProducers) {
+    states_produce<L>(args, at, shared);
+  } else if (threadIdx.x < L::kProducers + L::kWeighers) {
+    states_weigh<L>(at, shared);
+  } else {
+    StatesConsumer<L> me;
+    const int warp = __shfl_sync(0xffffffffu, (threadIdx.x - L::kProducers - L::kWeighers) / 32, 0);  // tells that it is uniform
+    me.wg = warp / 4, me.warp = warp % 4;
+    me.run(args, at, shared);
+  }
+}
+
+}  // namespace ssd
+}  // namespace mamba
