@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mamba_export.graph.passes import FoldConstantsPass, FuseLinearPass, WidenPass, replace_node
+from mamba_export.graph.passes import FoldConstantsPass, FoldReshapesPass, FuseLinearPass, WidenPass, replace_node
 from mamba_export.graph.quant import QuantizePass
 from mamba_export.graph.trace import OPSET
 from mamba_export.ops import DOMAIN, OPS, OpDef
@@ -38,7 +38,7 @@ def lower(
     model: ir.Model, spec: ModelSpec, dtype: str, target: Target, quantize: QuantizePass | None = None
 ) -> ir.Model:
     """The traced ``model`` in the dialect of ``target``, quantized if asked; changed in place and returned."""
-    passes: list[ir.passes.PassBase] = [LowerOpsPass(target)]
+    passes: list[ir.passes.PassBase] = [LowerOpsPass(target), FoldReshapesPass()]
     if quantize is not None:
         passes.append(quantize)
     if target.flavour != "portable":

@@ -133,6 +133,41 @@ class StaticReshapePass(ir.passes.InPlacePass):
         return target if target.count(-1) <= 1 else None
 
 
+class FoldReshapesPass(ir.passes.InPlacePass):
+    """A Reshape that undoes the Reshape before it disappears; the first one too, if nothing else uses it.
+
+    Requires: the targets of both are constants, and the shape of what enters the first is known.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            first = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] is not None else None
+            if first is None or first.op_type != "Reshape":
+                continue
+            source = first.inputs[0]
+            shape = list(source.shape) if source is not None and source.shape is not None else None
+            if source is None or shape is None or _reshaped(node, _reshaped(first, shape)) != shape:
+                continue
+            if node.outputs[0].is_graph_output():
+                continue
+            node.outputs[0].replace_all_uses_with(source)
+            modified = True
+        ir.passes.common.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, modified)
+
+
+def _reshaped(node: ir.Node, shape: list[int | ir.SymbolicDim] | None) -> list[int | ir.SymbolicDim] | None:
+    """The shape that a Reshape gives to ``shape``; None where it can't be told."""
+    target = constant_value(node.inputs[1])
+    keeps_zeros = "allowzero" in node.attributes and node.attributes["allowzero"].as_int() == 1
+    if shape is None or target is None or -1 in target or keeps_zeros:
+        return None
+    if any(dim == 0 and axis >= len(shape) for axis, dim in enumerate(target)):
+        return None
+    return [shape[axis] if dim == 0 else int(dim) for axis, dim in enumerate(target)]
+
+
 class FoldConstantsPass(ir.passes.InPlacePass):
     """Evaluate what depends on constants alone, and merge equal constants. Weights have no data yet: they stay."""
 

@@ -89,11 +89,23 @@ def _portable(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Va
     return [s.finish(y), op.Reshape(h, op.i64([0, s.channels, d_state]))]
 
 
+def _ort_cpu(op: Builder, inputs: Inputs, attributes: Attributes) -> list[ir.Value]:
+    """Products that read rows as columns: with one group nothing is reshaped but Δ. A step is made of nodes so small
+    that their number is what they cost, and a reshaped state is a copied state."""
+    s = ScanInputs(op, inputs, attributes)
+    if s.groups != 1:
+        return _portable(op, inputs, attributes)
+    decay = op.Exp(op.Mul(op.Reshape(s.dt, op.i64([0, s.channels, 1])), s.A))
+    update = op.contrib("FusedMatMul", op.Mul(s.dt, s.u), s.B, transA=1)[0]
+    h = op.Add(op.Mul(s.state, decay), update)
+    return [s.finish(op.contrib("FusedMatMul", s.C, h, transB=1)[0]), h]
+
+
 OP = OpDef(
     SCHEMA,
     torch.ops.mamba_export.selective_state_update.default,
     _translate,
     _portable,
     linear_attention,
-    ort_cpu=_portable,
+    ort_cpu=_ort_cpu,
 )
