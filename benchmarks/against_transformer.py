@@ -132,8 +132,8 @@ def tables(points: list[Point], contexts: list[int], batches: list[int]) -> str:
     return "\n".join(lines)
 
 
-def draw(points: list[Point], folder: Path) -> None:
-    """The pictures of the page."""
+def draw(points: list[Point], folder: Path) -> str:
+    """Write the pictures; returns the lines of Markdown that show them."""
     sys.path.insert(1, str(ROOT))
     from mamba_export.verification.charts import Chart, Series
 
@@ -178,6 +178,7 @@ def draw(points: list[Point], folder: Path) -> None:
     }
     for name, chart in pictures.items():
         (folder / f"{name}.svg").write_text(chart.svg(standalone=True) + "\n", encoding="utf-8")
+    return "\n".join(f"![{chart.title}]({folder.name}/{name}.svg)" for name, chart in pictures.items())
 
 
 def into_page(page: Path, text: str) -> None:
@@ -211,8 +212,8 @@ def main() -> None:
     print(text)
     if options.docs.is_dir():
         (options.docs / "transformer").mkdir(exist_ok=True)
-        draw(points, options.docs / "transformer")
-        into_page(options.docs / "transformer.md", text)
+        pictures = draw(points, options.docs / "transformer")
+        into_page(options.docs / "transformer.md", f"{pictures}\n\n{text}")
 
 
 if __name__ == "__main__":

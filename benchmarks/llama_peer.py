@@ -1,6 +1,6 @@
 """What llama.cpp does in its own environment: quantize a GGUF, and measure perplexity through its logits.
 
-PYTHON llama_peer.py quantize IN OUT Q8_0|Q4_K_M
+PYTHON llama_peer.py quantize IN OUT Q8_0|Q4_0|Q4_K_M
 PYTHON llama_peer.py perplexity GGUF DATA --window 1024 --windows 64 --threads 2
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-TYPES = {"F32": 0, "Q8_0": 7, "Q4_K_M": 15}
+TYPES = {"F32": 0, "Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}
 
 
 def quantize(source: str, out: str, kind: str) -> None:

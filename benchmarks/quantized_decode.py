@@ -156,12 +156,19 @@ def quality(options: argparse.Namespace, python: str) -> None:
         bundle = quantized(
             checkpoint, recipe, f"mamba1-small-{recipe}", options.cache, calibration=statistics, logits="all"
         )
-        known.setdefault(kind, of_llama(kind))
+        if kind not in known:
+            known[kind] = of_llama(kind)
         rows = ((f"mamba-export {recipe}", of_bundle(bundle), "mamba-export fp32"),)
         rows += ((f"llama.cpp {kind}", known[kind], "llama.cpp F32"),)
         for name, (value, _, size), base in rows:
             loss = 100 * (value / floats[base][0] - 1)
-            print(f"| {bits} | {name} | {size:.1f} | {value:.4f} | {loss:+.2f} % |", flush=True)
+            print(f"| {bits} | {name} | {size:.1f} | {value:.4f} | {loss:+.3f} % |", flush=True)
+    value, _, size = of_llama("Q4_0")
+    loss = 100 * (value / floats["llama.cpp F32"][0] - 1)
+    print(f"| 4 bits, groups of 32 | llama.cpp Q4_0 | {size:.1f} | {value:.4f} | {loss:+.3f} % |")
+    print(
+        "\nWidths that are no multiple of 256 have no Q4_K: llama.cpp takes types of 5 and 8 bits there, as MB shows."
+    )
 
 
 def main() -> None:
