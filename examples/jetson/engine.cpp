@@ -153,8 +153,8 @@ void Model::makeStates() {
   nvinfer1::ICudaEngine const& engine = *engines_[0];
   for (int i = 0; i < engine.getNbIOTensors(); ++i) {
     std::string const name = engine.getIOTensorName(i);
-    bool const state = name.rfind("conv_state_", 0) == 0 || name.rfind("ssm_state_", 0) == 0;
-    if (!state) continue;
+    bool const input = engine.getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
+    if (!input || name == "input_ids" || name == "seq_lens") continue;
     stateNames_.push_back(name);
     size_t const size = rowBytes(engine, name.c_str());
     for (auto& set : states_) set[name] = std::make_unique<DeviceMemory>(size);

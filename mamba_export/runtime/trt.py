@@ -25,7 +25,7 @@ from mamba_export.runtime.base import Ids, Logits, StateValues
 from mamba_export.runtime.trt_cuda import DeviceMemory, Stream, align
 from mamba_export.runtime.trt_engine import STATE_TYPES, STORAGE, Execution, Kind, LoadedEngine, choose_engines
 from mamba_export.runtime.trt_loop import StepMachine, TrtStepLoop
-from mamba_export.states import State
+from mamba_export.states import State, from_float, to_float
 
 
 class DeviceStates(Mapping[str, int]):
@@ -156,8 +156,9 @@ class TrtRunner:
 
     def state_from_numpy(self, arrays: dict[str, NDArray[Any]]) -> StateValues:
         states = self._pool.take(next(iter(arrays.values())).shape[0])
+        held = from_float(arrays, self.bundle.states)
         for name, address in states.items():
-            self._stream.upload(address, to_storage(arrays[name], self._pool.storage[name]))
+            self._stream.upload(address, to_storage(held[name], self._pool.storage[name]))
         return states
 
     def state_to_numpy(self, state: StateValues) -> dict[str, NDArray[Any]]:
@@ -167,7 +168,7 @@ class TrtRunner:
             array = np.empty((state.batch, *self._pool.shapes[name]), self._pool.storage[name])
             self._stream.download(array, address)
             arrays[name] = from_storage(array)
-        return arrays
+        return to_float(arrays, self.bundle.states)
 
     def prefill(
         self, input_ids: Ids, state: StateValues, seq_lens: NDArray[np.int32] | None = None

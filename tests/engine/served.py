@@ -62,7 +62,7 @@ def compile_nvinfer(folder: Path, include: Path, libraries: Path) -> Path:
 
 
 TYPES = {"tensor(float)": (0, np.float32), "tensor(float16)": (1, np.float16)}
-TYPES |= {"tensor(int32)": (3, np.int32), "tensor(int64)": (8, np.int64)}
+TYPES |= {"tensor(int32)": (3, np.int32), "tensor(int64)": (8, np.int64), "tensor(int8)": (2, np.int8)}
 
 
 class Served:

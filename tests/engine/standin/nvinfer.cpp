@@ -55,7 +55,7 @@ struct Tensor {
 };
 
 size_t bytesOf(DataType type) {
-  return type == DataType::kINT64 ? 8 : type == DataType::kHALF || type == DataType::kBF16 ? 2 : 4;
+  return type == DataType::kINT64 ? 8 : type == DataType::kINT8 ? 1 : type == DataType::kHALF || type == DataType::kBF16 ? 2 : 4;
 }
 
 bool loadedPlugin = false;
