@@ -46,8 +46,9 @@ def causal_conv1d(p: Any, sms: int) -> Launch:
     warps, columns = 4, p.batch * -(-p.channels // (32 * v))
     tokens = p.tactic
     if tokens < 0:
-        of = {n: columns * -(-p.seqlen // (n * warps)) for n in (12, 6)}
-        tokens = 12 if of[12] >= 64 * sms else 6 if of[6] >= 2 * sms else 3
+        tokens = 32
+        while tokens > 4 and 32 * columns * -(-p.seqlen // tokens) < 1024 * sms:
+            tokens //= 2
     tokens = max(tokens, p.width - 1, -(-p.seqlen // (65535 * warps)))
     same = {name: getattr(p, name) for name in ("x", "weight", "bias", "state_in", "y", "state_out", "seq_lens")}
     args = ConvArgs(
@@ -66,7 +67,7 @@ def causal_conv1d(p: Any, sms: int) -> Launch:
         step = f"mamba::conv::step_kernel<{t}, {p.width}, {v}>"
         return Launch(header, step, (-(-p.channels // (64 * v)), p.batch, 1), (64, 1), (args,))
     grid = (-(-p.channels // (32 * v)), -(-p.seqlen // (tokens * warps)), p.batch)
-    return Launch(header, f"mamba::conv::conv_kernel<{t}, {p.width}, {v}, 3, 1>", grid, (32, warps), (args,))
+    return Launch(header, f"mamba::conv::conv_kernel<{t}, {p.width}, {v}, 4>", grid, (32, warps), (args,))
 
 
 def selective_state_update(p: Any, sms: int) -> Launch:
@@ -74,16 +75,15 @@ def selective_state_update(p: Any, sms: int) -> Launch:
     v = 16 // SIZES[p.state_dtype]
     lanes, threads, header = p.d_state // v, 128, "selective_state_update_kernel.cuh"
     covers = p.d_state % v == 0 and lanes in (1, 2, 4, 8, 16, 32) and _aligned(16, p.state_in, p.state_out, p.A)
-    columns = -(-p.dim * max(lanes, 1) // threads)
-    blocks = p.batch * columns
-    rows = (
-        p.tactic if p.tactic >= 0 else 0 if not covers else 4 if blocks >= 16 * sms else 2 if blocks >= 16 * sms else 1
-    )
+    columns, rows = -(-p.dim * max(lanes, 1) // threads), p.tactic
+    if rows < 0:
+        rows = 4 if covers else 0
+        while rows > 1 and (p.batch * p.dim * lanes / rows < 512 * sms or p.batch < rows):
+            rows //= 2
     if rows == 0 or not covers:
         instance = f"mamba::update::generic_kernel<{t}, {s}>"
         return Launch(header, instance, (-(-p.dim * 8 // threads), p.batch, 1), (threads, 1), (p,))
-    steps, most = -(-p.batch // rows), {4: 5, 2: 8, 1: 10}[rows] * sms // columns
-    grid = (columns, -(-steps // -(-steps // most)) if most else 1, 1)
+    grid = (columns, -(-p.batch // rows), 1)
     width = min(v * size, 16)
     vector = _aligned(width, p.B, p.C) and all(n * size % width == 0 for n in (p.B_batch_stride, p.C_batch_stride))
     instance = f"mamba::update::update_kernel<{t}, {s}, {lanes}, {rows}>"

@@ -20,16 +20,16 @@ bool vectors(const Params& p) {
 
 constexpr int kVector = 4;  // channels a thread takes: eight bytes of 16-bit values, so that many threads are resident
 
-// Tokens a thread takes: more of them read the width - 1 before less often, fewer fill the device.
+// Tokens a thread takes: long enough that re-reading width - 1 of them is cheap, short enough to fill the device.
 int select(const Params& p) {
-  const double columns = double(p.batch) * ceil_div(p.channels, vectors(p) ? 32 * kVector : 32);
-  const auto blocks = [&](int tokens) { return columns * ceil_div(p.seqlen, tokens * kWarps); };
-  const int tokens = blocks(12) >= 64.0 * sm_count() ? 12 : blocks(6) >= 2.0 * sm_count() ? 6 : 3;
+  const double columns = double(p.batch) * ceil_div(p.channels, vectors(p) ? 32 * kVector : 32) * 32;
+  int tokens = 32;
+  while (tokens > 4 && columns * ceil_div(p.seqlen, tokens) < 1024.0 * sm_count()) tokens /= 2;
   return std::max({tokens, p.width - 1, ceil_div(p.seqlen, 65535 * kWarps)});
 }
 
 template <typename T, int K, int V> int launch(const Params& p, cudaStream_t stream) {
-  constexpr int kAhead = 3, kBlocks = V == 1 || K > 4 ? 1 : sizeof(T) == 4 ? 6 : 8;  // eight blocks leave 64 registers
+  constexpr int kAhead = 4;
   const int tokens = p.tactic > 0 ? std::max(p.tactic, K - 1) : select(p);
   const Args args{p.x, p.weight, p.bias, p.state_in, p.y, p.state_out, p.seq_lens, p.x_batch_stride, p.x_token_stride,
                   p.y_batch_stride, p.y_token_stride, p.seqlen, p.channels, tokens, p.activation,
@@ -40,7 +40,7 @@ template <typename T, int K, int V> int launch(const Params& p, cudaStream_t str
     return launch_early(step_kernel<T, K, V>, grid, dim3(kStepThreads), stream, args);
   }
   const dim3 grid(ceil_div(p.channels, 32 * V), ceil_div(p.seqlen, tokens * kWarps), p.batch);
-  return launch_early(conv_kernel<T, K, V, kAhead, kBlocks>, grid, dim3(32, kWarps), stream, args);
+  return launch_early(conv_kernel<T, K, V, kAhead>, grid, dim3(32, kWarps), stream, args);
 }
 
 template <typename T, int K> int launch_width(const Params& p, cudaStream_t stream) {
@@ -90,7 +90,7 @@ extern "C" int mamba_causal_conv1d_tactics(const mamba_causal_conv1d_params* par
   if (!params || max < 1 || mamba::conv::check(*params) != MAMBA_OK) return 0;
   out[0] = mamba::conv::select(*params);
   int count = 1;
-  for (int tokens : {3, 6, 12, 24, 48}) {
+  for (int tokens : {4, 8, 16, 32, 64}) {
     if (count < max && tokens != out[0] && mamba::ceil_div(params->seqlen, tokens * mamba::conv::kWarps) <= 65535) out[count++] = tokens;
   }
   return count;

@@ -185,8 +185,8 @@ __device__ __forceinline__ void start_row(float (&window)[K - 1][V], const Args&
 }
 
 // kAhead tokens are loaded before the first of them is used, and the next kAhead meanwhile. p.tokens >= K - 1.
-template <typename T, int K, int V, int kAhead, int kBlocks>
-__global__ void __launch_bounds__(32 * kWarps, kBlocks) conv_kernel(const __grid_constant__ Args p) {
+template <typename T, int K, int V, int kAhead>
+__global__ void __launch_bounds__(32 * kWarps) conv_kernel(const __grid_constant__ Args p) {
   let_next_start();
   const int c0 = blockIdx.x * 32 * V, c = c0 + threadIdx.x * V, b = blockIdx.z;
   const int t0 = (blockIdx.y * kWarps + threadIdx.y) * p.tokens, t1 = min(t0 + p.tokens, p.seqlen);

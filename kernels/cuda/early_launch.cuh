@@ -29,17 +29,7 @@ __device__ __forceinline__ void prefetch_line(const void* p) {
 #endif
 }
 
-// 16 bytes in one access (an assignment of values just computed is split into its words by the compiler), to be evicted
-// first: a state is not read again before the next token.
-__device__ __forceinline__ uint4 load_state_16(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
-}
-__device__ __forceinline__ void store_state_16(void* p, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
+// 16 bytes in one access: an assignment of values just computed is split into its words by the compiler.
 __device__ __forceinline__ void store_16(void* p, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }

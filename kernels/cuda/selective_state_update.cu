@@ -20,21 +20,19 @@ bool vector_rows(const Params& p) {
          p.C_batch_stride * element % bytes == 0;
 }
 
-int columns(const Params& p) { return ceil_div(p.dim * (p.d_state / int(16 / dtype_size(p.state_dtype))), kThreads); }
-
 // Rows to a thread: more of them share what a channel has once, fewer fill the device at small batches.
 int select(const Params& p) {
   if (!covers_vectors(p)) return 0;
-  const double blocks = double(p.batch) * columns(p) / sm_count();
-  return blocks >= 4 * 4 ? 4 : blocks >= 2 * 8 ? 2 : 1;
+  const double threads = double(p.batch) * p.dim * p.d_state * dtype_size(p.state_dtype) / 16;
+  int rows = 4;
+  while (rows > 1 && (threads / rows < 512.0 * sm_count() || p.batch < rows)) rows /= 2;
+  return rows;
 }
 
 template <typename T, typename S, int kLanes> int launch_rows(const Params& p, int rows, cudaStream_t stream) {
-  const int x = columns(p), group_dim = p.dim / p.ngroups;
-  // Blocks that are resident at once walk over the batch, each as many steps.
-  const int resident = rows == 4 ? 5 : rows == 2 ? 8 : 10;
-  const int steps = ceil_div(p.batch, rows), most = resident * sm_count() / x;
-  const dim3 grid(x, most > 0 ? ceil_div(steps, ceil_div(steps, most)) : 1);
+  if (rows < 1) return MAMBA_ERROR_TACTIC;
+  const dim3 grid(ceil_div(p.dim * kLanes, kThreads), ceil_div(p.batch, rows));
+  const int group_dim = p.dim / p.ngroups;
   const bool vector = vector_rows(p);
   switch (rows) {
     case 1: return launch_early(update_kernel<T, S, kLanes, 1>, grid, dim3(kThreads), stream, p, group_dim, vector);

@@ -37,25 +37,14 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
   const int64_t row_stride = int64_t(p.dim) * N;
   int b0 = blockIdx.y * kRows;
   int64_t at = b0 * row_stride + int64_t(c) * N + q * V;
-  // Lines of kRows rows from b on, shared out among the threads: an eighth of them the state's, an eighth the others'.
-  const int role = threadIdx.x % 8, index = threadIdx.x / 8, first = min(int(blockIdx.x * kThreads / kLanes), p.dim - 1);
-  auto prefetch = [&](int b, int64_t state_at) {
-    if (role == 0) {
+  auto prefetch = [&](const S* state, int rows) {
 #pragma unroll
-      for (int r = 0; r < kRows; r++) {
-        if (b + r < p.batch) prefetch_line(static_cast<const S*>(p.state_in) + state_at + r * row_stride);
-      }
-    } else if (role == 1 && index / 4 < kRows && b + index / 4 < p.batch) {
-      const int64_t row = b + index / 4;
-      const T* u = static_cast<const T*>(p.u) + row * p.u_batch_stride + first;
-      const T* delta = static_cast<const T*>(p.delta) + row * p.delta_batch_stride + first;
-      const T* z = p.z ? static_cast<const T*>(p.z) + row * p.z_batch_stride + first : u;
-      const T* B = static_cast<const T*>(p.B) + row * p.B_batch_stride;
-      prefetch_line(index % 4 == 0 ? u : index % 4 == 1 ? delta : index % 4 == 2 ? z : B);
+    for (int r = 0; r < kRows; r++) {
+      if (r < rows) prefetch_line(state + r * row_stride);
     }
   };
-  prefetch(b0, at);
-  if (role == 2) prefetch_line(p.A + int64_t(first) * N + min(index * 32, (p.dim - first) * N - 1));
+  const bool prefetches = threadIdx.x % 8 == 0;
+  if (prefetches) prefetch(static_cast<const S*>(p.state_in) + at, p.batch - b0);
   wait_for_previous();
 
   float A[V];
@@ -72,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
     uint4 raw[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
-      if (r < rows) raw[r] = load_state_16(state_in + r * row_stride);
+      if (r < rows) raw[r] = *reinterpret_cast<const uint4*>(state_in + r * row_stride);
     }
     T u[kEach], delta[kEach], z[kEach];
 #pragma unroll
@@ -93,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
         B_row += p.B_batch_stride, C_row += p.C_batch_stride;
       }
     }
-    prefetch(b0 + stride, at + stride * row_stride);
+    if (prefetches) prefetch(state_in + stride * row_stride, p.batch - b0 - stride);
 
     float dt[kEach], dx[kEach], y[kRows];
 #pragma unroll
@@ -119,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(const __grid_constant_
         y[r] = fmaf(to_float(C[r].v[i + 1]), h.y, y[r]);
         pairs[i / 2] = from_float2<S>(h.x, h.y);
       }
-      if (active && r < rows) store_state_16(state_out + r * row_stride, raw[r]);
+      if (active && r < rows) store_16(state_out + r * row_stride, raw[r]);
     }
 
     // Sums over the lanes: as long as there are rows to share out, each half keeps half of them.

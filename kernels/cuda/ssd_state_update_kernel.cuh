@@ -41,9 +41,6 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   const int64_t pass = int64_t(rows_per_pass) * p.d_state;
   const S* in = static_cast<const S*>(p.state_in) + at;
   S* out = static_cast<S*>(p.state_out) + at;
-  const int group = p.ngroups == 1 ? 0 : head / (p.nheads / p.ngroups), first = head * p.headdim + row0;
-  const T* B_row = static_cast<const T*>(p.B) + batch * p.B_batch_stride + group * p.d_state;
-  const T* C_row = static_cast<const T*>(p.C) + batch * p.C_batch_stride + group * p.d_state;
   if (threadIdx.x % 8 == 0) {
 #pragma unroll
     for (int r = 0; r < kRows; r++) {
@@ -51,17 +48,6 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
       for (int v = 0; v < kVecs; v++) {
         if (row0 + r * rows_per_pass < p.headdim) prefetch_line(in + r * pass + v * lanes * kWidth);
       }
-    }
-  } else if (threadIdx.x % 8 == 1 && row0 < p.headdim) {  // of the small ones the first lines
-    switch (threadIdx.x / 8) {
-      case 0: prefetch_line(static_cast<const T*>(p.x) + batch * p.x_batch_stride + first); break;
-      case 1: prefetch_line(static_cast<const T*>(p.z ? p.z : p.x) + batch * (p.z ? p.z_batch_stride : 0) + first); break;
-      case 2: prefetch_line(B_row); break;
-      case 3: prefetch_line(B_row + p.d_state / 2); break;
-      case 4: prefetch_line(C_row); break;
-      case 5: prefetch_line(C_row + p.d_state / 2); break;
-      case 6: prefetch_line(static_cast<const T*>(p.dt) + batch * p.dt_batch_stride + head); break;
-      case 7: prefetch_line(p.A + head); break;
     }
   }
   wait_for_previous();
@@ -73,7 +59,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 #pragma unroll
     for (int v = 0; v < kVecs; v++) {
       if (row0 + r * rows_per_pass < p.headdim) {
-        state[r][v] = load_state_16(in + r * pass + v * lanes * kWidth);
+        state[r][v] = *reinterpret_cast<const uint4*>(in + r * pass + v * lanes * kWidth);
       }
     }
   }
@@ -81,10 +67,11 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   const int own_row = row0 + (lane >> shift) * rows_per_pass;  // the row whose output this lane computes
   const int channel = head * p.headdim + min(own_row, p.headdim - 1);
   const T x = static_cast<const T*>(p.x)[batch * p.x_batch_stride + channel];
-  // Loaded in any case, so that no branch puts them behind the wait for the state.
-  const T z = load_early(static_cast<const T*>(p.z ? p.z : p.x) + batch * (p.z ? p.z_batch_stride : 0) + channel);
-  const float D = load_early(p.D ? p.D + (p.d_per_channel ? channel : head) : p.A + head);
-  B_row += lane * kWidth, C_row += lane * kWidth;
+  const T z = p.z ? load_early(static_cast<const T*>(p.z) + batch * p.z_batch_stride + channel) : from_float<T>(0.0f);
+  const float D = p.D ? load_early(p.D + (p.d_per_channel ? channel : head)) : 0.0f;
+  const int group = p.ngroups == 1 ? 0 : head / (p.nheads / p.ngroups);
+  const T* B_row = static_cast<const T*>(p.B) + batch * p.B_batch_stride + group * p.d_state + lane * kWidth;
+  const T* C_row = static_cast<const T*>(p.C) + batch * p.C_batch_stride + group * p.d_state + lane * kWidth;
   Vec<T, kWidth> B[kVecs], C[kVecs];
 #pragma unroll
   for (int v = 0; v < kVecs; v++) {
@@ -110,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
         y[r] = fmaf(h.y, to_float(C[v].v[e + 1]), y[r]);
         pairs[e / 2] = from_float2<S>(h.x, h.y);
       }
-      if (row0 + r * rows_per_pass < p.headdim) store_state_16(out + r * pass + v * lanes * kWidth, state[r][v]);
+      if (row0 + r * rows_per_pass < p.headdim) store_16(out + r * pass + v * lanes * kWidth, state[r][v]);
     }
   }
 
@@ -127,7 +114,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   }
   for (; o >= 1; o /= 2) y[0] += __shfl_xor_sync(~0u, y[0], o);
   if (own_row < p.headdim && (lane & ((1 << shift) - 1)) == 0) {
-    float result = p.D ? fmaf(D, to_float(x), y[0]) : y[0];
+    float result = fmaf(D, to_float(x), y[0]);
     if (p.z) result *= silu(to_float(z));
     static_cast<T*>(p.y)[batch * p.y_batch_stride + channel] = from_float<T>(result);
   }

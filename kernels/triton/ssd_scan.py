@@ -1,8 +1,8 @@
 """ssd_scan in Triton, on tensor cores: a program keeps the state of some rows of a head and walks chunk by chunk.
 
 Within a chunk, with S the running sum of Δ·A: y = (C Bᵀ ∘ e^(S_t - S_s) Δ_s) x + e^S_t C h, and the state becomes
-e^S_end h + (e^(S_end - S_s) Δ_s x)ᵀ B. In float32 the differences of S are summed up from s to t one by one instead of
-subtracted. Pieces of a sequence as in :mod:`.selective_scan`.
+e^S_end h + (e^(S_end - S_s) Δ_s x)ᵀ B. Differences of S are summed up from s to t one by one instead of subtracted: a
+large step before them costs no precision. Pieces of a sequence as in :mod:`.selective_scan`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def scan_kernel(
     group_heads, dt_min, dt_max,
     x_batch, x_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, z_batch, z_token,
     SOFTPLUS: tl.constexpr, GATED: tl.constexpr, PER_CHANNEL: tl.constexpr, RAGGED: tl.constexpr, REVERSE: tl.constexpr,
-    ENDS_ONLY: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISE: tl.constexpr,
+    ENDS_ONLY: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     batch, k = tl.program_id(2).to(tl.int64), tl.program_id(1)
     blocks = tl.cdiv(headdim, BLOCK_P)
@@ -71,8 +71,7 @@ def scan_kernel(
         if SOFTPLUS:
             step = softplus(step)
         step = tl.where(valid, tl.minimum(tl.maximum(step, dt_min), dt_max), 0.0)
-        # A step that leaves 2^-150 of the state leaves nothing; sums stay precise behind it.
-        log_decay = tl.maximum(step * a, -150.0)
+        log_decay = step * a
         value = tl.load(x + t * x_token, mask=tokens, other=0.0)
         b = tl.load(B + t * B_token, mask=rows, other=0.0)
         from_start = tl.cumsum(log_decay, 0)
@@ -80,12 +79,12 @@ def scan_kernel(
         to_end = tl.sum(later, 0)
         if not ENDS_ONLY:
             c = tl.load(C + t * C_token, mask=rows, other=0.0)
-            between = tl.cumsum(later, 0) if PRECISE else from_start[:, None] - from_start[None, :]
+            between = tl.cumsum(later, 0)
             causal = i[:, None] >= i[None, :]
-            scores = tl.dot(c, tl.trans(b), input_precision="tf32x3")
-            scores = tl.where(causal, scores * tl.exp2(tl.minimum(between, 0.0)) * step[None, :], 0.0)
-            out = tl.dot(scores.to(value.dtype), value, input_precision="tf32x3")
-            carried = tl.dot(c, tl.trans(h.to(c.dtype)), input_precision="tf32x3")
+            scores = tl.dot(c, tl.trans(b), input_precision=PRECISION)
+            scores = tl.where(causal, scores * tl.exp2(between) * step[None, :], 0.0)
+            out = tl.dot(scores.to(value.dtype), value, input_precision=PRECISION)
+            carried = tl.dot(c, tl.trans(h.to(c.dtype)), input_precision=PRECISION)
             out += carried * tl.exp2(from_start)[:, None]
             out += skip[None, :] * value.to(tl.float32)
             if GATED:
@@ -93,7 +92,7 @@ def scan_kernel(
             tl.store(y + t * (nheads * headdim), out.to(y.dtype.element_ty), mask=tokens)
         weighted = value.to(tl.float32) * (tl.exp2(to_end) * step)[:, None]
         chunk = tl.sum(log_decay, 0)
-        h = h * tl.exp2(chunk) + tl.dot(tl.trans(weighted.to(b.dtype)), b, input_precision="tf32x3")
+        h = h * tl.exp2(chunk) + tl.dot(tl.trans(weighted.to(b.dtype)), b, input_precision=PRECISION)
         total += tl.sum(step, 0)
     if ENDS_ONLY:
         tl.store(final + (batch * pieces + k) * size + state_at, h, mask=both)
@@ -123,7 +122,8 @@ def ssd_scan(
     state = state.contiguous()
     y, final = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(state)
     wide = x.dtype == torch.float32
-    block_n, chunk = width(d_state, 16), 32 if wide else CHUNK
+    block_n = width(d_state, 16)
+    chunk = CHUNK // 2 if wide and block_n > 128 else CHUNK  # shared memory
     block_p = min(width(headdim, 16), max(16, (STATE // 2 if wide else STATE) // block_n))
     blocks = triton.cdiv(headdim, block_p) * nheads
     pieces = pieces or pieces_for(4 * blocks * batch, seqlen, CHUNK, 64, x.device)
@@ -139,7 +139,7 @@ def ssd_scan(
             C.stride(0), C.stride(1), gate.stride(0), gate.stride(1),
             SOFTPLUS=dt_softplus, GATED=z is not None, PER_CHANNEL=D.dim() == 2, RAGGED=seq_lens is not None,
             REVERSE=reverse, ENDS_ONLY=ends_only, T=chunk, BLOCK_P=block_p, BLOCK_N=block_n,
-            PRECISE=wide, num_warps=WARPS, num_stages=2,
+            PRECISION="tf32x3" if wide else "tf32", num_warps=WARPS, num_stages=2,
         )  # fmt: skip
 
     start = state

@@ -1,7 +1,7 @@
-"""What computes a torch op on a GPU: CUDA kernels, Triton where there are none, the reference otherwise.
+"""What computes a torch op on a GPU: the CUDA kernel library, Triton where that is not built, the reference otherwise.
 
-CUDA kernels come from the library or, those of some ops, from NVRTC. Tensors on the CPU, and float64 anywhere, take the
-reference. ``MAMBA_EXPORT_OPS`` set to ``cuda``, ``triton`` or ``reference`` insists on one of the three.
+Tensors on the CPU, and float64 anywhere, take the reference. ``MAMBA_EXPORT_OPS`` set to ``cuda``, ``triton`` or
+``reference`` insists on one of the three; ``cuda`` without the library lets NVRTC make the kernels that it can make.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ PACKAGES = {"cuda": "mamba_export.kernels", "triton": "mamba_export.kernels.trit
 ADAPTERS: dict[tuple[str, str], Callable[[Op], Op]] = {}
 
 
-def _available(kind: str, name: str) -> bool:
+def _available(kind: str, name: str, insist: bool = False) -> bool:
     if kind == "cuda":
         library = importlib.import_module("mamba_export.kernels.library")
-        return bool(library.covers(name))
+        return bool(library.covers(name) if insist else library.available())
     return kind == "reference" or importlib.util.find_spec("triton") is not None
 
 
@@ -46,7 +46,7 @@ def kind_on_gpu(name: str) -> str:
         return next(kind for kind in (*PACKAGES, "reference") if _available(kind, name))
     if named not in (*PACKAGES, "reference"):
         raise EnvironmentProblem(f"{ENVIRONMENT_VARIABLE} is {named!r}", hint="use cuda, triton or reference")
-    if not _available(named, name):
+    if not _available(named, name, insist=True):
         what = "libmamba_kernels.so" if named == "cuda" else "triton"
         raise EnvironmentProblem(f"{ENVIRONMENT_VARIABLE} asks for {named}, but {what} is not found")
     return named

@@ -32,13 +32,12 @@ by_dtype = pytest.mark.parametrize("dtype", LIMIT, ids=str)
 def chosen(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test of this file runs once with each implementation."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "nvrtc":  # for the ops that it makes; the others take what follows
+        patch.setattr(dispatch, "kind_on_gpu", lambda name: request.param)
+        if request.param == "nvrtc":  # for the ops that it makes; the others take Triton
             library = importlib.import_module("mamba_export.kernels.library")
             patch.setattr(library, "available", lambda: False)
-            dispatch.kind_on_gpu.cache_clear()
-            assert dispatch.kind_on_gpu("causal_conv1d") == "cuda", "NOT TESTED: libnvrtc is not found"
-        else:
-            patch.setattr(dispatch, "kind_on_gpu", lambda name: request.param)
+            patch.setattr(dispatch, "kind_on_gpu", lambda name: "cuda" if library.covers(name) else "triton")
+            assert library.covers("causal_conv1d"), "NOT TESTED: libnvrtc is not found"
         yield request.param
 
 

@@ -32,12 +32,12 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     [({"cuda", "triton"}, "cuda"), ({"cuda"}, "cuda"), ({"triton"}, "triton"), (set(), "reference")],
 )
 def test_library_then_triton_then_reference(present: set[str], wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_available", lambda kind, name: kind in present or kind == "reference")
+    monkeypatch.setattr(dispatch, "_available", lambda kind, name, insist=False: kind in present or kind == "reference")
     assert dispatch.kind_on_gpu("ssd_scan") == wanted
 
 
 def test_the_environment_insists(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_available", lambda kind, name: kind != "cuda")
+    monkeypatch.setattr(dispatch, "_available", lambda kind, name, insist=False: kind != "cuda")
     monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
     assert dispatch.kind_on_gpu("ssd_scan") == "reference"
     for name, message in (("cuda", "libmamba_kernels.so is not found"), ("fast", "is 'fast'")):
@@ -48,12 +48,19 @@ def test_the_environment_insists(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("library", "nvrtc"), [(True, False), (False, True), (False, False)])
-def test_nvrtc_stands_in_for_the_memory_bound_ops(library: bool, nvrtc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvrtc_stands_in_where_cuda_is_asked_for(library: bool, nvrtc: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = importlib.import_module("mamba_export.kernels.library")
     monkeypatch.setattr(kernels, "available", lambda: library)
     monkeypatch.setattr(importlib.import_module("mamba_export.kernels.nvrtc"), "available", lambda: nvrtc)
-    taken = {name for name in NAMES if dispatch.kind_on_gpu(name) == "cuda"}
-    assert taken == (set(NAMES) if library else {n for n in NAMES if not n.endswith("scan")} if nvrtc else set())
+    assert {name for name in NAMES if dispatch.kind_on_gpu(name) == "cuda"} == (set(NAMES) if library else set())
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "cuda")
+    dispatch.kind_on_gpu.cache_clear()
+    for name in NAMES:
+        if library or (nvrtc and not name.endswith("scan")):
+            assert dispatch.kind_on_gpu(name) == "cuda"
+        else:
+            with pytest.raises(EnvironmentProblem, match=r"libmamba_kernels.so"):
+                dispatch.kind_on_gpu(name)
 
 
 @pytest.mark.parametrize("kind", dispatch.PACKAGES)
