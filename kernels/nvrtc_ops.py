@@ -46,9 +46,8 @@ def causal_conv1d(p: Any, sms: int) -> Launch:
     warps, columns = 4, p.batch * -(-p.channels // (32 * v))
     tokens = p.tactic
     if tokens < 0:
-        tokens = 32
-        while tokens > 4 and 32 * columns * -(-p.seqlen // tokens) < 1024 * sms:
-            tokens //= 2
+        fill = {n: 32 * columns * -(-p.seqlen // n) / sms for n in (16, 12)}
+        tokens = 16 if fill[16] >= 4096 else 12 if fill[12] >= 256 else 4
     tokens = max(tokens, p.width - 1, -(-p.seqlen // (65535 * warps)))
     same = {name: getattr(p, name) for name in ("x", "weight", "bias", "state_in", "y", "state_out", "seq_lens")}
     args = ConvArgs(

@@ -20,11 +20,11 @@ bool vectors(const Params& p) {
 
 constexpr int kVector = 4;  // channels a thread takes: eight bytes of 16-bit values, so that many threads are resident
 
-// Tokens a thread takes: long enough that re-reading width - 1 of them is cheap, short enough to fill the device.
+// Tokens a thread takes, by measured times: more of them read the width - 1 before less often, fewer fill the device.
 int select(const Params& p) {
   const double columns = double(p.batch) * ceil_div(p.channels, vectors(p) ? 32 * kVector : 32) * 32;
-  int tokens = 32;
-  while (tokens > 4 && columns * ceil_div(p.seqlen, tokens) < 1024.0 * sm_count()) tokens /= 2;
+  const auto fill = [&](int tokens) { return columns * ceil_div(p.seqlen, tokens) / sm_count(); };  // threads
+  const int tokens = fill(16) >= 4096 ? 16 : fill(12) >= 256 ? 12 : 4;
   return std::max({tokens, p.width - 1, ceil_div(p.seqlen, 65535 * kWarps)});
 }
 
@@ -90,7 +90,7 @@ extern "C" int mamba_causal_conv1d_tactics(const mamba_causal_conv1d_params* par
   if (!params || max < 1 || mamba::conv::check(*params) != MAMBA_OK) return 0;
   out[0] = mamba::conv::select(*params);
   int count = 1;
-  for (int tokens : {4, 8, 16, 32, 64}) {
+  for (int tokens : {4, 8, 12, 16, 32}) {
     if (count < max && tokens != out[0] && mamba::ceil_div(params->seqlen, tokens * mamba::conv::kWarps) <= 65535) out[count++] = tokens;
   }
   return count;
