@@ -26,6 +26,7 @@ from .simulation import SimulatedLinear, apply
 from .statistics import Statistics
 
 _LOGITS = 1 << 23  # values kept of the float model's predictions: 2,048 tokens of a vocabulary of 4,096
+_WIDE = 8.0 + 16 / 128  # bits a value, with scales as the contrib ops store them
 _SCHEME = Weights("int8", CHANNEL, "rtn", "mse")
 
 
@@ -44,7 +45,7 @@ def promote(
     total = sum(quantized.linears[name].weight.values.numel() for name in layers)
     used = sum(_bits(quantized, name) for name in layers)
     wide = {name: _int8(checkpoint, quantized, name, dtype) for name in names}
-    extra = {n: (8.0 + 16 / m.columns) * m.values.numel() - _bits(quantized, n) for n, m in wide.items()}
+    extra = {name: _WIDE * matrix.values.numel() - _bits(quantized, name) for name, matrix in wide.items()}
     room = how.bits * total - used
     names = [name for name in names if extra[name] <= room]
     if not names:
@@ -74,8 +75,9 @@ def promote(
 
 def _bits(quantized: QuantizedModel, name: str) -> float:
     matrix = quantized.linears[name].weight
-    width = 4 if matrix.kind == "int4" else 8
-    return width * matrix.values.shape[0] * -(-matrix.columns // 16) * 16 + 16 * matrix.scales.numel()
+    if matrix.kind != "int4":
+        return _WIDE * matrix.values.numel()
+    return (4.0 * matrix.group + 16) * matrix.scales.numel()
 
 
 def _int8(checkpoint: Checkpoint, quantized: QuantizedModel, name: str, dtype: str) -> Matrix:
