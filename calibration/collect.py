@@ -26,7 +26,7 @@ from .scans import fast_scans
 from .statistics import Statistics, read_statistics
 
 # Tokens a forward pass takes: enough to keep the cores busy, few enough that activations stay small.
-_TOKENS = 2048
+_TOKENS = 512
 _SAVE_EVERY = 8
 
 
