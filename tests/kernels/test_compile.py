@@ -17,7 +17,7 @@ from mamba_export.errors import MambaExportError
 
 SOURCES = Path(nvrtc.SOURCES)
 ARCHITECTURES = (87, 90, 110, 120)
-FLAGS = ["-std=c++17", "-O3", "-Werror=all-warnings", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-Wall,-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-Werror=all-warnings", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC"]
 
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None, reason="NOT TESTED: compiling the kernels, nvcc is missing"
