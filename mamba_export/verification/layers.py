@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from mamba_export.bundle import PREFILL, Bundle
 from mamba_export.extras import require
 from mamba_export.runtime.base import Ids
+from mamba_export.states import to_float
 
 if TYPE_CHECKING:
     import onnx
@@ -32,7 +33,7 @@ class LayerError:
         layer: its number.
         hidden: of the residual stream after it; None where the graph doesn't show it.
         block: of what the layer adds to the residual stream.
-        conv_state, ssm_state: of its states after the last token; None where the bundle keeps integers.
+        conv_state, ssm_state: of its states after the last token.
     """
 
     layer: int
@@ -95,15 +96,11 @@ def compare_layers(bundle: Bundle, runner: OrtRunner, reference: TorchRunner, in
                 layer,
                 _relative(found.after(layer), wanted.after(layer)),
                 _relative(found.block(layer), wanted.block(layer)),
-                _relative(_floats(states[conv]), wanted_states[conv]),
-                _relative(_floats(states[ssm]), wanted_states[ssm]),
+                _relative(states[conv], wanted_states[conv]),
+                _relative(states[ssm], wanted_states[ssm]),
             )
         )
     return LayerReport(int(input_ids.shape[1]), errors, outliers)
-
-
-def _floats(array: NDArray[Any]) -> NDArray[Any] | None:
-    return array if array.dtype.kind == "f" else None
 
 
 def _relative(found: NDArray[Any] | None, wanted: NDArray[Any] | None) -> float | None:
@@ -153,10 +150,10 @@ def _run_bundle(
     feed: dict[str, NDArray[Any]] = {"input_ids": input_ids}
     if bundle.manifest.ragged:
         feed["seq_lens"] = np.full(1, input_ids.shape[1], np.int32)
-    feed.update(runner.state_to_numpy(runner.initial_state(1)))
+    feed.update({name: np.array(value.numpy()) for name, value in runner.initial_state(1).items()})
     shown = [name for name in dict.fromkeys(names) if name is not None]
     outputs = session.run([*(state.present for state in bundle.states), *shown], feed)
-    states = {state.name: array for state, array in zip(bundle.states, outputs, strict=False)}
+    states = to_float({state.name: array for state, array in zip(bundle.states, outputs, strict=False)}, bundle.states)
     values = dict(zip(shown, outputs[len(bundle.states) :], strict=True))
     return states, [None if name is None else values[name].astype(np.float64) for name in names]
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from mamba_export import Bundle
+from mamba_export import Bundle, quantize
 from mamba_export.bundle import MANIFEST, WEIGHTS
 from mamba_export.data import Tokens
 from mamba_export.verification.greedy import cut_prompts
@@ -98,6 +98,21 @@ def test_a_bundle_with_the_last_logits_is_compared_too(
     assert found.layers is not None and found.drift is not None and found.perplexity.kl_max is not None
     assert found.perplexity.kl_max < 1e-8
     assert all(e.hidden is not None and e.hidden < 1e-5 for e in found.layers.errors)
+
+
+@pytest.mark.slow
+def test_a_quantized_bundle_with_an_int8_state_is_looked_into(
+    tiny_checkpoint: Path, ids: Tokens, tmp_path: Path
+) -> None:
+    made = quantize(
+        tiny_checkpoint, tmp_path / "q", recipe="w8a16", state="int8", target="ort", logits="all", verify=False
+    )
+    found = quality(made.bundle, ids, tiny_checkpoint, window=256, limit=2, greedy=2)
+    assert found.bundle["recipe"] == "w8a16" and found.layers is not None and found.drift is not None
+    for error in found.layers.errors:
+        for value in (error.hidden, error.block, error.conv_state, error.ssm_state):
+            assert value is not None and 1e-5 < value < 0.2, error
+    assert len(found.drift.ssm_state) == len(found.drift.position) == 4
 
 
 def test_prompts_are_spread_over_the_data() -> None:
