@@ -1,0 +1,49 @@
+// Both passes, launched on the CPU one after the other.
+#include <cstddef>
+
+#include "ssd_two_pass_outputs.cuh"
+#include "ssd_two_pass_states.cuh"
+
+using namespace mamba;
+using namespace mamba::ssd;
+
+struct Call {
+  const void *x, *dt, *B, *C, *z;
+  void* y;
+  const float *A, *D, *dt_bias, *initial_state;
+  float* final_state;
+  const int32_t* seq_lens;
+  int32_t batch, seqlen, nheads, ngroups, dt_softplus, d_per_channel;
+  int32_t heads_per_block, chunks;  // of a block of the second pass; of one pair of launches
+};
+
+template <typename T, int kWgs> void run(const Call& q) {
+  using States = StatesLayout<T, 64, 128, kWgs>;
+  using Outputs = OutputsLayout<T, 64, 128>;
+  const int64_t wide = q.nheads * 64, narrow = q.ngroups * 128, tokens = q.seqlen;
+  TwoPassArgs a = {};
+  ScanArgs& s = a.scan;
+  s.x = q.x, s.dt = q.dt, s.B = q.B, s.C = q.C, s.z = q.z, s.y = q.y, s.A = q.A, s.D = q.D, s.dt_bias = q.dt_bias;
+  s.initial_state = q.initial_state, s.final_state = q.final_state, s.seq_lens = q.seq_lens;
+  s.x_token = s.z_token = s.y_token = wide, s.B_token = s.C_token = narrow, s.dt_token = q.nheads;
+  s.x_batch = s.z_batch = s.y_batch = wide * tokens, s.B_batch = s.C_batch = narrow * tokens, s.dt_batch = q.nheads * tokens;
+  s.batch = q.batch, s.seqlen = q.seqlen, s.nheads = q.nheads, s.headdim = 64, s.ngroups = q.ngroups, s.d_state = 128;
+  s.dt_softplus = q.dt_softplus, s.d_per_channel = q.d_per_channel, s.dt_min = 0.f, s.dt_max = INFINITY;
+  a.x = {q.x, static_cast<int>(wide), q.seqlen, q.batch, wide, wide * tokens};
+  a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C;
+  std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
+  std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * 128, NAN);
+  a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.heads_per_block = q.heads_per_block;
+  const int all = ceil_div(q.seqlen, kTwoPassChunk), blocks = q.ngroups * ceil_div(q.nheads / q.ngroups, q.heads_per_block);
+  for (a.chunk0 = 0; a.chunk0 < all; a.chunk0 += q.chunks) {
+    a.chunks = min(q.chunks, all - a.chunk0);
+    emu::run(dim3(q.nheads * States::kSplit, q.batch), States::kThreads, [&] { ssd_states_kernel<States>(a); });
+    emu::run(dim3(a.chunks * q.batch * blocks), Outputs::kThreads, [&] { ssd_outputs_kernel<Outputs>(a); });
+  }
+}
+
+extern "C" void two_pass(const Call* call, int dtype, int warpgroups) {
+  if (dtype == MAMBA_F32) return run<float, 1>(*call);
+  if (dtype == MAMBA_F16) return warpgroups == 2 ? run<__half, 2>(*call) : run<__half, 1>(*call);
+  return warpgroups == 2 ? run<__nv_bfloat16, 2>(*call) : run<__nv_bfloat16, 1>(*call);
+}

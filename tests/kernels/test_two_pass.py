@@ -1,0 +1,158 @@
+"""The two-pass SSD kernels for Hopper, device code as it stands, run on the CPU: a thread is a thread.
+
+Only what is PTX is replaced (``hopper/``), matrix instructions with their descriptors and swizzles included. Speed and
+memory order need a GPU; indices, barriers, tails and the mathematics do not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import nvrtc
+
+HERE = Path(__file__).parent
+LIMIT = {torch.float32: 2e-5, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
+POINTERS = "x dt B C z y A D dt_bias initial_state final_state seq_lens"
+SIZES = "batch seqlen nheads ngroups dt_softplus d_per_channel heads_per_block chunks"
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: kernels on the CPU, g++ is missing"),
+    pytest.mark.slow,
+]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_void_p) for n in POINTERS.split()] + [(n, ctypes.c_int32) for n in SIZES.split()]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder, sources = tmp_path_factory.mktemp("two_pass"), Path(nvrtc.SOURCES)
+
+    def take(name: str, *changes: tuple[str, str]) -> None:
+        text = (sources / name).read_text()
+        for pattern, to in changes:
+            text, count = re.subn(pattern, to, text)
+            assert count, (name, pattern)
+        assert "asm" not in text, name
+        (folder / name).write_text(text)
+
+    def body(name: str) -> tuple[str, str]:
+        return rf"__device__ __forceinline__ void {name}\([^{{]*\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}\n", ""
+
+    for file in (*(HERE / "emulation").glob("cuda_*16.h"), *(HERE / "hopper").iterdir()):
+        shutil.copy(file, folder)
+    take("common.cuh", (r"(?s)// ---- asynchronous copies.*", "}\n"), (r'asm\("ex2.*\n', "y = std::exp2(x);\n"),
+         (r'asm\("rcp.*\n', "y = 1.0f / x;\n"))  # fmt: skip
+    take("ssd_chunk.cuh", (r'asm\("lg2.*\n', "y = std::log2(x);\n"))
+    mma = '#pragma once\n#include "cuda.h"\n#include "common.cuh"\n#include "hopper.h"\n'
+    take("ssd_mma.cuh", (r"(?s).*?(// A tile of rows of kCols.*)", mma + r"namespace mamba {\nnamespace ssd {\n\1"))
+    take("ssd_two_pass_plan.cuh")
+    (folder / "ssd_wgmma.cuh").write_text('#include "ssd_mma.cuh"\n')
+    take("ssd_two_pass.cuh", (r"(?s)__device__ __forceinline__ void tensor_load.*?(?=// Zeros in rows)", ""),
+         (r"template <int kPending>\n__device__ __forceinline__ void bulk_wait\(\) \{[^}]*\}\n", ""),
+         *map(body, ("dependents_may_launch", "wait_for_kernel_before", "store_shared_16", "load_shared_16",
+                     "expect_bytes", "bulk_load", "bulk_store", "bulk_commit", "bulk_wait_read")))  # fmt: skip
+    memory = (r"extern __shared__ __align__\(1024\) uint8_t memory\[\];", "uint8_t* memory = emu::smem;")
+    fence = (r'asm volatile\("fence.mbarrier_init.*\n', "")
+    load = (r'asm volatile\("ld\.shared\.v4[\s\S]*?: "r"\((.*)\)\);\n', r"std::memcpy(&v, emu::smem + (\1), 16);\n")
+    take("ssd_two_pass_stages.cuh")
+    take("ssd_two_pass_states.cuh", memory, fence)
+    take("ssd_two_pass_outputs.cuh", memory, fence, load)
+    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-fno-strict-aliasing", f"-I{folder}"]
+    output = folder / "two_pass.so"
+    command += [f"-I{sources / 'include'}", str(folder / "two_pass.cpp"), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return ctypes.CDLL(str(output))
+
+
+def make(batch: int, seqlen: int, nheads: int, ngroups: int, dtype: torch.dtype, more: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seqlen + nheads)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    inputs: dict[str, Any] = {
+        "x": normal(batch, seqlen, nheads, 64).to(dtype), "dt": normal(batch, seqlen, nheads).to(dtype),
+        "B": normal(batch, seqlen, ngroups, 128).to(dtype), "C": normal(batch, seqlen, ngroups, 128).to(dtype),
+        "A": -(1 + 15 * torch.rand(nheads, generator=generator)), "D": normal(nheads),
+        "dt_bias": normal(nheads) - 4, "initial_state": normal(batch, nheads, 64, 128), "z": None, "seq_lens": None,
+    }  # fmt: skip
+    if "gate" in more:
+        inputs |= {"z": normal(batch, seqlen, nheads, 64).to(dtype), "D": normal(nheads, 64)}
+    if "ragged" in more:
+        inputs["seq_lens"] = torch.tensor([seqlen, 0, 131, 77][:batch], dtype=torch.int32)
+    if "extreme" in more:
+        spread = torch.rand(batch, seqlen, nheads, generator=generator)
+        inputs |= {"dt": (10 ** (spread * 9.7 - 8)).to(dtype), "dt_bias": None}
+        inputs["A"] = -(10 ** torch.linspace(-4, 3, nheads))
+    return inputs
+
+
+def reference(i: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token by token, in float64."""
+    x, dt, A, B, C = (i[name].double() for name in ("x", "dt", "A", "B", "C"))
+    batch, seqlen, nheads = dt.shape
+    B, C = (t.repeat_interleave(nheads // t.shape[2], 2) for t in (B, C))
+    if i["dt_bias"] is not None:
+        dt = torch.nn.functional.softplus(dt + i["dt_bias"].double())
+    state, y = i["initial_state"].double(), torch.zeros_like(x)
+    lens = torch.full((batch,), seqlen) if i["seq_lens"] is None else i["seq_lens"]
+    for t in range(seqlen):
+        new = (
+            torch.exp(dt[:, t] * A)[..., None, None] * state
+            + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        )
+        state = torch.where((lens > t)[:, None, None, None], new, state)
+        y[:, t] = (state * C[:, t, :, None]).sum(-1)
+    y = y + x * (i["D"].double() if i["D"].dim() == 2 else i["D"].double()[:, None])
+    y = y if i["z"] is None else y * torch.nn.functional.silu(i["z"].double())
+    return y * (torch.arange(seqlen) < lens[:, None])[..., None, None], state
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    value = float((out.double() - expected).norm() / expected.norm())
+    return value if value == value else float("inf")  # NaN never passes
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "warpgroups", "heads", "chunks", "more"),
+    [
+        ((1, 300, 3, 1), torch.bfloat16, 2, 3, 3, ""),
+        ((1, 300, 3, 1), torch.bfloat16, 1, 2, 2, "gate"),  # two pairs of launches
+        ((1, 128, 12, 1), torch.bfloat16, 2, 12, 1, ""),  # stages come round three times
+        ((1, 700, 2, 1), torch.bfloat16, 2, 1, 6, ""),
+        ((4, 150, 4, 2), torch.float16, 2, 2, 2, "gate ragged"),
+        ((1, 140, 8, 1), torch.float16, 1, 8, 2, "extreme"),
+        ((3, 150, 2, 1), torch.float32, 1, 2, 1, "gate ragged"),
+        ((1, 140, 8, 1), torch.float32, 1, 4, 1, "extreme"),
+    ],
+    ids=str,
+)
+def test_matches_float64(
+    library: ctypes.CDLL, shape: tuple[int, int, int, int], dtype: torch.dtype, warpgroups: int, heads: int,
+    chunks: int, more: str,
+) -> None:  # fmt: skip
+    inputs = make(*shape, dtype, more)
+    expected, final = reference(inputs)
+    if inputs["seq_lens"] is not None:
+        for row, length in enumerate(inputs["seq_lens"].tolist()):
+            for name in ("x", "dt", "B", "C"):
+                inputs[name][row, length:] = float("nan")
+    inputs["y"] = torch.full_like(inputs["x"], float("nan"))
+    inputs["final_state"] = torch.full_like(inputs["initial_state"], float("nan"))
+    call = Call(*(None if inputs[n] is None else inputs[n].data_ptr() for n in POINTERS.split()))
+    call.batch, call.seqlen, call.nheads, call.ngroups = shape
+    call.dt_softplus, call.d_per_channel = int(inputs["dt_bias"] is not None), int(inputs["D"].dim() == 2)
+    call.heads_per_block, call.chunks = heads, chunks
+    library.two_pass(ctypes.byref(call), {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], warpgroups)
+    assert error(inputs["y"], expected) < LIMIT[dtype]
+    assert error(inputs["final_state"], final) < LIMIT[dtype]
