@@ -16,10 +16,16 @@ _SHRINK = torch.linspace(1.0, 0.5, 26).tolist()
 
 
 def group_of(scheme: Weights, columns: int) -> int:
-    """Columns that share a scale. A group wider than the matrix becomes the power of two that holds a row."""
+    """Columns that share a scale: at most what the scheme says, less where that saves padding.
+
+    A group wider than the matrix becomes the power of two that holds a row.
+    """
     if scheme.group == CHANNEL:
         return columns
-    return min(scheme.group, max(16, 1 << (columns - 1).bit_length()))
+    group = min(scheme.group, max(16, 1 << (columns - 1).bit_length()))
+    while group > 16 and -columns % (group // 2) < -columns % group:
+        group //= 2
+    return group
 
 
 def to_groups(weight: Tensor, group: int) -> Tensor:

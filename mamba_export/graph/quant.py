@@ -92,11 +92,13 @@ class QuantizePass(ir.passes.InPlacePass):
         x = self._prepare(op, x, linear, name.removesuffix(".weight"))
         shared = name == HEAD and self.model.embedding is linear.weight
         stored = EMBEDDING if shared else name
-        if self.contrib and linear.input is None and linear.weight.kind != "fp8":
+        if linear.input is not None:
+            x = self._quantize_input(op, x, linear)
+        # ONNX Runtime fuses int8 with int8 to one integer product; everything else goes by blocks there.
+        by_blocks = linear.weight.kind == "int4" or (linear.weight.kind == "int8" and linear.input is None)
+        if self.contrib and by_blocks:
             y = self._multiply_blocks(op, x, linear.weight, stored)
         else:
-            if linear.input is not None:
-                x = self._quantize_input(op, x, linear)
             y = op.MatMul(x, op.Transpose(self._dequantize(op, linear.weight, stored), perm=[1, 0]))
         replace_node(node, op.nodes, [y])
 
