@@ -28,6 +28,7 @@ import cpu_decode
 import machine
 import numpy as np
 import peers
+import results
 import transformer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -201,7 +202,7 @@ def main() -> None:
         name, folder, what, context, batch = options.measure
         print(json.dumps(measure(name, Path(folder), what, int(context), int(batch), options.threads)))
         return
-    about = machine.describe(("onnxruntime",))
+    about, note = machine.describe(("onnxruntime",)), results.BUSY if results.busy() else ""
     gpt = options.cache / "models" / "gpt-768x12"
     sys.path.insert(1, str(ROOT))
     transformer.export(gpt)
@@ -213,7 +214,7 @@ def main() -> None:
     if options.docs.is_dir():
         (options.docs / "transformer").mkdir(exist_ok=True)
         pictures = draw(points, options.docs / "transformer")
-        into_page(options.docs / "transformer.md", f"{pictures}\n\n{text}")
+        into_page(options.docs / "transformer.md", f"{pictures}\n\n{note}{text}")
 
 
 if __name__ == "__main__":

@@ -34,10 +34,21 @@ PAIRS = {
 
 
 def rounded(recipe: str, cache: Path) -> Path:
-    """The recipe without what needs calibration."""
+    """The recipe without what needs calibration: where it would choose sensitive matrices for int8, the first layers
+    become int8, as many as bring the average to the same number of bits."""
+    from mamba_export.calibration.recipes import load_recipe
+
+    known = load_recipe(recipe)
+    lines = [f"extends: {recipe}", "weights: {method: rtn, scales: max}", "head: {method: rtn, scales: max}"]
+    lines += ["tune: {steps: 0}", "promote: {bits: 0}"]
+    if known.promote.bits:
+        share = (known.promote.bits - 4 - 16 / known.weights.group) / 4
+        count = max(0, round(share * cpu_decode.SHAPE["num_hidden_layers"]))
+        lines.append("layers:" if count else "")
+        lines += [f'  "backbone.layers.{i}.*": {{weights: {{type: int8}}}}' for i in range(count)]
     path = cache / "recipes" / f"{recipe}-rounded.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"extends: {recipe}\nweights: {{method: rtn, scales: max}}\nhead: {{method: rtn, scales: max}}\n")
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
