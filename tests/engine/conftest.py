@@ -18,7 +18,9 @@ import pytest
 
 from mamba_export.bundle import Bundle
 from mamba_export.engine import BuildOptions, PluginLibrary, build_engines, build_plugin
+from mamba_export.engine.backend import cache_folder
 from mamba_export.engine.device import Device, find_device
+from mamba_export.engine.toolchain import find_nvcc
 from mamba_export.errors import EnvironmentProblem
 
 CopyBundle = Callable[..., Bundle]
@@ -43,7 +45,12 @@ def plugin() -> PluginLibrary:
     if find_device() is None and not os.environ.get("TENSORRT_ROOT"):
         pytest.skip("NOT TESTED: the plugin library; set TENSORRT_ROOT to a folder with TensorRT's headers")
     try:
-        return build_plugin(["sm_86"])
+        with pytest.MonkeyPatch.context() as patch:
+            # Builders look at the plugins and never run a kernel: they may be slow, and lie in a cache of their own.
+            patch.setenv("XDG_CACHE_HOME", str(cache_folder() / "tests"))
+            if "--Ofast-compile" in subprocess.run([find_nvcc(), "--help"], capture_output=True, text=True).stdout:
+                patch.setenv("NVCC_APPEND_FLAGS", "--Ofast-compile=max")
+            return build_plugin(["sm_86"])
     except EnvironmentProblem as error:
         if "not found" not in str(error):
             raise
