@@ -63,6 +63,9 @@ template <typename T, int kFamily> struct Stack {
   Word *sent_u, *sent_x, *sent_y, *sent_hidden, *sent_best;
   Share channels, x_rows, out_rows, head_rows;
   static constexpr int kPack = sizeof(T) == 2 ? 2 : 1;  // values in a word of u and y
+  static constexpr bool kTensor = sizeof(T) == 2;
+  // float16's range is short: the residual is scaled down on its way into the tensor cores.
+  static constexpr float kShrink = std::is_same_v<T, __half> ? 1.0f / 16 : 1.0f;
 
   __device__ Stack(const Params& params, const Layer* l, const Plan& pl, unsigned char* shared)
       : p(params), layers(l), plan(pl), smem(shared) {
@@ -156,10 +159,21 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
   T* gated = reinterpret_cast<T*>(smem + at.gated);
 
   Cursor cursor;
-  // Two neighbours of a vector into its planes.
+  // Two neighbours of a vector into its place: two planes of float32, or a high and a low part.
+  const int low = (kTensor ? 2 : 0) * (p.d_inner > p.d_model ? p.d_inner : p.d_model) + 64;
   auto place = [&](int i, int width, float a, float b) {
-    float* to = x + (i % 8 / 4) * (width / 2) + i / 8 * 4 + i % 4;
-    *reinterpret_cast<float2*>(to) = make_float2(a, b);
+    if constexpr (kTensor) {
+      auto clamped = [](float v) { return std::is_same_v<T, __half> ? fminf(fmaxf(v, -65504.0f), 65504.0f) : v; };
+      a = clamped(a * kShrink), b = clamped(b * kShrink);
+      const pair_t<T> high = from_float2<T>(a, b);
+      const float2 h = to_float2(high);
+      unsigned char* to = smem + at.x + i * 2;
+      *reinterpret_cast<pair_t<T>*>(to) = high;
+      *reinterpret_cast<pair_t<T>*>(to + low) = from_float2<T>(a - h.x, b - h.y);
+    } else {
+      float* to = x + (i % 8 / 4) * (width / 2) + i / 8 * 4 + i % 4;
+      *reinterpret_cast<float2*>(to) = make_float2(a, b);
+    }
   };
   auto fetch = [&](void* to, const void* from, int bytes) {
 #pragma unroll 1
@@ -193,13 +207,13 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
 
   Shape* shapes = reinterpret_cast<Shape*>(smem + at.shapes);  // of the stages, the last of the head
   if (tid == 0) {
-    shapes[kIn] = shape_of(in_rows(), p.d_model, plan.shift_model, false);
-    shapes[kX] = shape_of(x_rows.count, p.d_inner, plan.shift_inner, false);
-    shapes[kOut] = shape_of(out_rows.count, p.d_inner, plan.shift_inner, false);
-    shapes[3] = shape_of(head_rows.count, p.d_model, plan.shift_model, true);
+    shapes[kIn] = shape_of<T>(in_rows(), p.d_model, plan.shift_model, false);
+    shapes[kX] = shape_of<T>(x_rows.count, p.d_inner, plan.shift_inner, false);
+    shapes[kOut] = shape_of<T>(out_rows.count, p.d_inner, plan.shift_inner, false);
+    shapes[3] = shape_of<T>(head_rows.count, p.d_model, plan.shift_model, true);
   }
   Conv<T> conv;
-  load_conv(conv, 0, 0, tid);
+  load_conv(conv, 0, 0, tid / 4);
   fetch(norm, layers[0].norm, p.d_model * sizeof(T));
   load_state(0, 0);
   cp_async_commit();
@@ -265,12 +279,26 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
                 const unsigned eight = 0xffu << (lane & 24);
                 const float* B = xdb + b_at;
                 const float* C = B + bc / 2;
+                float* h = l.ssm_state_out + int64_t(channels.first + c) * N;
+                struct Operands {
+                  float2 a, s, b, c;
+                };
+                auto operands = [&](int j) {
+                  Operands o;
+                  if (kFamily == 1) o.a = *reinterpret_cast<const float2*>(A + k * N + j);
+                  o.s = *reinterpret_cast<const float2*>(state + c * N + j);
+                  o.b = *reinterpret_cast<const float2*>(B + j), o.c = *reinterpret_cast<const float2*>(C + j);
+                  return o;
+                };
+                Operands ahead = operands(2 * sub < N ? 2 * sub : 0);  // while dt is computed
+                const float u = us[c], gate = zs[c];
                 float dt = 0.0f, decay = 0.0f;
                 if (kFamily == 1) {
-#pragma unroll 2
+#pragma unroll 3
                   for (int j = 2 * sub; j < R; j += 16) {
                     const float2 w = to_float2(*reinterpret_cast<const pair_t<T>*>(dt_rows + k * R + j));
-                    dt = fmaf(w.x, xdb[j], fmaf(w.y, xdb[j + 1], dt));
+                    const float2 v = *reinterpret_cast<const float2*>(xdb + j);
+                    dt = fmaf(w.x, v.x, fmaf(w.y, v.y, dt));
                   }
 #pragma unroll
                   for (int o = 4; o; o /= 2) dt += __shfl_xor_sync(eight, dt, o);
@@ -279,25 +307,20 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
                   dt = xdb[dt_at];
                   decay = ex2(dt * kLog2e * a_head);
                 }
-                const float u = us[c], du = dt * u;
-                float* h = l.ssm_state_out + int64_t(channels.first + c) * N;
-#pragma unroll(kFamily == 2 ? 4 : 1)
+                const float du = dt * u, dt2 = dt * kLog2e;
+#pragma unroll 1
                 for (int j = 2 * sub; j < N; j += 16) {
+                  const Operands o = ahead;
+                  if (j + 16 < N) ahead = operands(j + 16);
                   float2 a = make_float2(decay, decay);
-                  if (kFamily == 1) {
-                    a = *reinterpret_cast<const float2*>(A + k * N + j);
-                    a = make_float2(ex2(dt * kLog2e * a.x), ex2(dt * kLog2e * a.y));
-                  }
-                  float2 s = *reinterpret_cast<const float2*>(state + c * N + j);
-                  const float2 b = *reinterpret_cast<const float2*>(B + j), d = *reinterpret_cast<const float2*>(C + j);
-                  s.x = fmaf(a.x, s.x, du * b.x);
-                  s.y = fmaf(a.y, s.y, du * b.y);
+                  if (kFamily == 1) a = make_float2(ex2(dt2 * o.a.x), ex2(dt2 * o.a.y));
+                  const float2 s = make_float2(fmaf(a.x, o.s.x, du * o.b.x), fmaf(a.y, o.s.y, du * o.b.y));
                   *reinterpret_cast<float2*>(h + j) = s;
-                  y = fmaf(d.x, s.x, fmaf(d.y, s.y, y));
+                  y = fmaf(o.c.x, s.x, fmaf(o.c.y, s.y, y));
                 }
 #pragma unroll
                 for (int o = 4; o; o /= 2) y += __shfl_xor_sync(eight, y, o);
-                y = fmaf(D, u, y) * zs[c];
+                y = fmaf(D, u, y) * gate;
               }
               send_packed(sent_y, c, y, 8, active && sub == 0, epoch);
             }
@@ -318,16 +341,17 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
         };
         if (stage != kIn) {
           receive<kThreads>(stage == kX ? sent_u : sent_y, p.d_inner / kPack, epoch, tid, [&](int i, uint32_t a, uint32_t b) {
-            if constexpr (kPack == 2) {
-              float2 v = to_float2(*reinterpret_cast<pair_t<T>*>(&a)), w = to_float2(*reinterpret_cast<pair_t<T>*>(&b));
-              if (kFamily == 2) {
-                square = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(w.x, w.x, fmaf(w.y, w.y, square))));
-                const float2 f = to_float2(reinterpret_cast<const pair_t<T>*>(gated)[i]);
-                const float2 g = to_float2(reinterpret_cast<const pair_t<T>*>(gated)[i + 1]);
-                v.x *= f.x, v.y *= f.y, w.x *= g.x, w.y *= g.y;
+            if constexpr (kTensor) {
+              if (kFamily == 1) {
+                *reinterpret_cast<uint2*>(smem + at.x + i * 4) = make_uint2(a, b);
+                return;
               }
-              float* to = x + (i % 4 / 2) * (p.d_inner / 2) + i / 4 * 4;
-              *reinterpret_cast<float4*>(to) = make_float4(v.x, v.y, w.x, w.y);
+              const float2 v = to_float2(*reinterpret_cast<pair_t<T>*>(&a)), w = to_float2(*reinterpret_cast<pair_t<T>*>(&b));
+              square = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(w.x, w.x, fmaf(w.y, w.y, square))));
+              const float2 f = to_float2(reinterpret_cast<const pair_t<T>*>(gated)[i]);
+              const float2 g = to_float2(reinterpret_cast<const pair_t<T>*>(gated)[i + 1]);
+              place(2 * i, p.d_inner, v.x * f.x, v.y * f.y);
+              place(2 * i + 2, p.d_inner, w.x * g.x, w.y * g.y);
             } else {
               float2 v = make_float2(__uint_as_float(a), __uint_as_float(b));
               if (kFamily == 2) {
@@ -362,76 +386,92 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
           load_state(next, next_step);
         }
         if (stage == kOut) cp_async_commit();
-        // The norm's scale: its sum is taken along with the first product's.
-        const bool normed = stage == kIn || (kFamily == 2 && stage == kOut);
+        const Shape shape = shapes[head ? 3 : stage];
         float scale = 1.0f;
-        square = 0.0f;
-        if (normed) {
+        const bool normed = stage == kIn || (kFamily == 2 && stage == kOut);
+        auto find_scale = [&] {
+          float total = 0.0f;
 #pragma unroll
-          for (int i = 0; i < kWarps; i++) square += squares[lane + 32 * i];
-        }
-        auto finish = [&](float total) {
+          for (int i = 0; i < kWarps; i++) total += squares[lane + 32 * i];
+          total = warp_sum(total);
           const bool last = stage == kOut;
           if (normed) {
-            scale = rsqrtf(total * (last ? inner_part : model_part) + (last ? p.gated_norm_eps : p.norm_eps));
+            scale = rsqrtf(total * (last ? inner_part : model_part) + (last ? p.gated_norm_eps : p.norm_eps)) / kShrink;
           }
         };
-        const Shape shape = shapes[head ? 3 : stage];
+        if (head) find_scale();
         const bool wants_logits = head && step == p.n_steps - 1 && p.logits;
-        Product<T>{ring, cursor, reinterpret_cast<const float4*>(x), warp, lane}.run(shape, square, finish, [&](int row, int part, float v) {
-          v *= scale;
+        auto store = [&](int row, int term, float v) {
           if (!head) {
-            partial[row * kParts + part] = v;
+            partial[row * shape.terms + term] = v;
             return;
           }
+          v *= scale;
           row += head_rows.first;
           if (wants_logits) p.logits[row] = v;
           if (v > best || best_row == 0x7fffffff) best = v, best_row = row;
-        });
+        };
+        if constexpr (kTensor) {
+          TensorProduct<T>{ring, cursor, smem + at.x, low, normed, warp, lane}.run(shape, store);
+        } else {
+          Product{ring, cursor, reinterpret_cast<const float4*>(x), warp, lane}.run(shape, store);
+        }
+        if (normed && !head) find_scale();
         mark(3);
         if (head) break;
         if (stage == kOut) cp_async_wait<1>();  // the norms; the state may take longer
         block_sync();
         mark(4);
+        // A row's terms, by four lanes.
         auto sum_of = [&](int row) {
-          const float4 v = reinterpret_cast<const float4*>(partial)[row];
-          return v.x + (shape.part_shift > 0 ? v.y : 0.0f) + (shape.part_shift > 1 ? v.z + v.w : 0.0f);
+          float v = 0.0f;
+          const float* from = partial + row * shape.terms;
+#pragma unroll 3
+          for (int i = lane % 4; i < shape.terms; i += 4) v += from[i];
+          v += __shfl_xor_sync(~0u, v, 1);
+          v += __shfl_xor_sync(~0u, v, 2);
+          return v * scale;
         };
+        const int quad = tid / 4, quads = kThreads / 4;
+        const bool speaks = lane % 4 == 0;
         if (stage == kIn) {
           fetch(norm, more ? layers[layer + 1].norm : has_head(step) ? p.norm_f : layers[0].norm, p.d_model * sizeof(T));
           if (kFamily == 2) fetch(gated, l.gated_norm, p.d_inner * sizeof(T));
           cp_async_commit();
 #pragma unroll 1
-          for (int base = warp * 32; base < conv_items; base += kThreads) {
-            const int i = base + lane;
-            float u = 0.0f;
-            if (i < conv_items) {
-              u = sum_of(i < n ? i : i + n);
+          for (int base = warp * 8; base < conv_items; base += quads) {
+            const int i = base + lane / 4, item = min(i, conv_items - 1);
+            float u = sum_of(item < n ? item : item + n), z = sum_of(item < n ? n + item : 0);
+            if (i < conv_items && speaks) {
               if (convolves(i)) {
                 u = rounded<T>(u);
                 u = rounded<T>(silu(conv.step(u, l.conv_state_out, conv_channel(i), p.d_conv)));
               } else {  // Mamba-2: a head's dt
                 u = softplus<true>(u + l.dt_bias[x_rows.first + i - n - bc]);
               }
-              if (i < n) us[i] = u, zs[i] = silu(rounded<T>(sum_of(n + i)));
+              if (i < n) us[i] = u, zs[i] = silu(rounded<T>(z));
               if (kFamily == 2 && i >= n) send(sent_x + x_rows.first + i - n, u, epoch);
             }
-            if (kFamily == 1) send_packed(sent_u, i, u, 1, i < n, epoch);
-            const bool again = base + kThreads < conv_items;
-            if (again || more || next_step < p.n_steps) {
-              load_conv(conv, again ? layer : next, again ? step : next_step, again ? i + kThreads : tid);
+            if (kFamily == 1) send_packed(sent_u, i, u, 4, speaks && i < n, epoch);
+            const bool again = base + quads < conv_items;
+            if (speaks && (again || more || next_step < p.n_steps)) {
+              load_conv(conv, again ? layer : next, again ? step : next_step, again ? i + quads : quad);
             }
           }
-        } else if (stage == kX) {
-#pragma unroll 1
-          for (int r = tid; r < shape.rows; r += kThreads) send(sent_x + x_rows.first + r, sum_of(r), epoch);
         } else {
 #pragma unroll 1
-          for (int r = tid; r < shape.rows; r += kThreads) {
-            float v = residual[r] + sum_of(r);
-            if (!p.residual_fp32) v = rounded<T>(v);
-            residual[r] = v;
-            send(sent_hidden + out_rows.first + r, v, epoch);
+          for (int base = warp * 8; base < shape.rows; base += quads) {
+            const int r = base + lane / 4, row = min(r, shape.rows - 1);
+            float v = sum_of(row);
+            if (r >= shape.rows || !speaks) continue;
+            if (stage == kX) {
+              send(sent_x + x_rows.first + r, v, epoch);
+            } else {
+              v += residual[r];
+              if (!p.residual_fp32) v = rounded<T>(v);
+              residual[r] = v;
+              send(sent_hidden + out_rows.first + r, v, epoch);
+            }
           }
         }
         mark(5);
@@ -440,6 +480,7 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
 
       // The next token: the best of the block, then of all blocks.
       auto best_of_block = [&] {
+        best_of(best, best_row);
         if (lane == 0) partial[warp] = best, partial[kWarps + warp] = __int_as_float(best_row);
         block_sync();
         best = partial[lane % kWarps], best_row = __float_as_int(partial[kWarps + lane % kWarps]);
@@ -453,7 +494,6 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
         const float v = __uint_as_float(a);
         if (v > best || (v == best && int(b) < best_row)) best = v, best_row = int(b);
       });
-      best_of(best, best_row);
       best_of_block();
       token = best_row;
       if (blockIdx.x == 0 && tid == 0) p.output_ids[step - p.n_forced + 1] = token;

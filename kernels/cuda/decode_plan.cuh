@@ -43,20 +43,38 @@ struct Plan {
   __host__ __device__ int words() const { return words_u + words_x + words_y + words_hidden + words_best; }
 };
 
-// A matrix-vector product as one block sees it: `rows` rows of `width` values, `each` (1 or 2) of them a task of one warp;
-// if there are fewer tasks than warps, 2 or 4 warps share a row's width.
+// A matrix-vector product as one block sees it: `rows` rows of `width` values. Its results lie in shared memory in `terms`
+// terms a row, which the epilogue adds.
 struct Shape {
-  int rows, width, shift, slots;
-  int each, tasks, part_shift, turns;
+  int rows, width, shift, slots;  // a slot holds 2^shift rows
+  int terms;
+  int segments, steps;          // 16-bit: a tile is 16 / segments rows in so many pieces of steps * 64 values each
+  int whole;                    // 16-bit: one warp computes a slot, not all warps
+  int each, tasks, part_shift, turns;  // float: `each` rows a task of one warp, or 2^part_shift warps share a row
 };
-constexpr int kParts = 4;
-__host__ __device__ inline Shape shape_of(int rows, int width, int shift, bool whole) {
-  Shape s{rows, width, shift, ((rows - 1) >> shift) + 1, 1, 0, 0, (width + 255) / 256};
-  if (rows == 0) s.slots = 0;
-  if (rows >= 2 * kWarps && shift > 0) s.each = 2;
-  s.tasks = (rows + s.each - 1) / s.each;
-  while (!whole && s.part_shift < 2 && (s.tasks << (s.part_shift + 1)) <= kWarps && (2 << s.part_shift) <= s.turns) s.part_shift++;
-  s.tasks <<= s.part_shift;
+constexpr int kSplitRows = 128;
+
+__host__ __device__ inline int segments_of(int width) { return width % 256 == 0 ? 4 : width % 128 == 0 ? 2 : 1; }
+
+template <typename T> __host__ __device__ inline Shape shape_of(int rows, int width, int shift, bool head) {
+  Shape s{};
+  s.rows = rows, s.width = width, s.shift = shift, s.slots = rows ? ((rows - 1) >> shift) + 1 : 0;
+  if (sizeof(T) == 2) {
+    s.segments = segments_of(width);  // few rows: as many pieces as there are; else as few as make a tile fit a slot
+    while (s.segments > 1 && rows > 16 / s.segments && (16 / s.segments) < (1 << shift)) s.segments /= 2;
+    s.steps = width / (64 * s.segments);
+    s.whole = head || rows > kSplitRows;
+    s.terms = s.whole ? 1 : (s.steps < kWarps ? s.steps : kWarps) * s.segments;
+  } else {
+    s.turns = (width + 255) / 256;
+    s.each = rows >= 2 * kWarps && shift > 0 ? 2 : 1;
+    s.tasks = (rows + s.each - 1) / s.each;
+    while (!head && s.part_shift < 2 && (s.tasks << (s.part_shift + 1)) <= kWarps && (2 << s.part_shift) <= s.turns) {
+      s.part_shift++;
+    }
+    s.tasks <<= s.part_shift;
+    s.terms = 1 << s.part_shift;
+  }
   return s;
 }
 
@@ -75,9 +93,9 @@ template <typename T> __host__ __device__ inline Carve carve(const Params& p, co
   };
   const int widest = p.d_inner > p.d_model ? p.d_inner : p.d_model;
   c.shapes = take(4 * sizeof(Shape));
-  c.x = take(size_t(widest) * 4);
+  c.x = take(size_t(widest) * 4 + 64);
   c.xdb = take(size_t(plan.words_x) * 4);
-  c.partial = take(size_t(plan.partials) * kParts * 4);
+  c.partial = take(size_t(plan.partials) * 4);
   c.squares = take(kThreads * 4);
   c.residual = take(size_t(p.d_model / plan.blocks + 1) * 4);
   c.u = take(size_t(plan.channels_most) * 4);

@@ -1,6 +1,8 @@
 // Matrix-vector products whose rows come through the ring, and the sums around them.
 #pragma once
 
+#include <type_traits>
+
 #include "decode_plan.cuh"
 #include "decode_ring.cuh"
 
@@ -57,67 +59,129 @@ __device__ __forceinline__ void dots(const T* rows, const float4* x, int width, 
   }
 }
 
-// The consumers' side of a matrix-vector product whose rows come through the ring.
-template <typename T> struct Product {
+// The consumers' side of a matrix-vector product whose rows come through the ring, float32 weights: a warp has a row or
+// two. Calls store(row, term, value) from one lane.
+struct Product {
   const Ring& ring;
   Cursor& cursor;  // the same in every warp between stages
   const float4* x;
   int warp, lane;
 
-  // Calls store(row, part, value) from one lane for every row and part; before its first, finish(sum of `extra` over the
-  // warp), which costs little when summed along.
-  template <typename G, typename F>
-  __device__ __forceinline__ void run(const Shape& s, float extra, G&& finish, F&& store) {
-    const bool brief = s.slots <= ring.slots;
+  template <typename F> __device__ __forceinline__ void run(const Shape& s, F&& store) {
     Cursor at = cursor;
     int passed = 0;
 #pragma unroll 1
     for (int task = warp; task < s.tasks; task += kWarps) {
       const int row = (task >> s.part_shift) * s.each, part = task & ((1 << s.part_shift) - 1), slot = row >> s.shift;
-      Cursor here = at;
-      if (brief) {
-        here.advance(ring.slots, slot);
-        ring.wait(here);
-      } else {
-        for (;; passed++, at.advance(ring.slots)) {  // every slot in turn: a release must not overtake a refill
-          ring.wait(at);
-          if (passed == slot) break;
-          __syncwarp();
-          if (lane == 0) ring.release(at.slot);
-        }
-        here = at;
+      for (;; passed++, at.advance(ring.slots)) {  // every slot in turn: a release must not overtake a refill
+        ring.wait(at);
+        if (passed == slot) break;
+        __syncwarp();
+        if (lane == 0) ring.release(at.slot);
       }
-      const T* data = reinterpret_cast<const T*>(ring.at(here.slot)) + (row - (slot << s.shift)) * s.width;
+      const float* data = reinterpret_cast<const float*>(ring.at(at.slot)) + (row - (slot << s.shift)) * s.width;
       const int from = s.turns * part >> s.part_shift, to = s.turns * (part + 1) >> s.part_shift;
-      float sum[3] = {0.0f, 0.0f, extra};
-      if (s.each == 2) dots<T, 2>(data, x, s.width, from, to, sum);
-      else dots<T, 1>(data, x, s.width, from, to, sum);
+      float sum[2] = {0.0f, 0.0f};
+      if (s.each == 2) dots<float, 2>(data, x, s.width, from, to, sum);
+      else dots<float, 1>(data, x, s.width, from, to, sum);
       warp_sum(sum);
-      if (task == warp) finish(sum[2]);
       if (lane == 0) store(row, part, sum[0]);
       // Of an odd number of rows the last has a neighbour too: what the slot held before.
       if (s.each == 2 && lane == 0 && row + 1 < s.rows) store(row + 1, part, sum[1]);
     }
-    if (brief) {
+    for (; passed < s.slots; passed++, at.advance(ring.slots)) {
+      ring.wait(at);
       __syncwarp();
-      if (lane < s.slots) {
-        Cursor c = cursor;
-        c.advance(ring.slots, lane);
-        ring.release(c.slot);
+      if (lane == 0) ring.release(at.slot);
+    }
+    cursor = at;
+  }
+};
+
+// The same for 16-bit weights on tensor cores. x is kept as a high and a low part of that type, `low` bytes apart.
+//
+// A tile of 16 rows is multiplied by 8 columns, of which a vector needs one. The others make up for it: two columns are
+// the high and the low part, so that x keeps float32's precision nearly; and there are four such pairs. With one piece a
+// row, odd rows take the 64-byte halves of every 128 bytes in the other order than even ones (two pairs), so that
+// neighbouring rows never meet in a bank of shared memory. With few rows a row is cut into 2 or 4 pieces, each a row of
+// the tile with a pair of its own. The order of the values inside a product is free, so fragments are loaded by 16 bytes.
+template <typename T> struct TensorProduct {
+  const Ring& ring;
+  Cursor& cursor;
+  const unsigned char* x;
+  int low;
+  bool use_low;
+  int warp, lane;
+
+  template <typename F> __device__ __forceinline__ void run(const Shape& s, F&& store) {
+    const int g = lane >> 2, t = lane & 3, tile_rows = 16 / s.segments, pair = g & (s.segments == 4 ? 3 : 1);
+    const int piece = s.segments == 1 ? 0 : g & (s.segments - 1), seg_shift = s.segments >> 1;  // log2 of 1, 2, 4
+    const int length = s.steps * 128;                                                           // bytes of a piece
+    const int a_at = piece * length + t * 16, b_pair = g >> 1;
+    const int b_at = (s.segments == 1 ? 0 : b_pair * length) + t * 16 + (g & 1) * low;
+    const bool b_zero = (g & 1) && !use_low;
+    const unsigned char* xb = x + (b_pair < (s.segments == 4 ? 4 : 2) ? b_at : t * 16);
+    const int row_bytes = s.width * 2;
+#pragma unroll 1
+    for (int slot = 0; slot < s.slots; slot++, cursor.advance(ring.slots)) {
+      ring.wait(cursor);
+      const int first = slot << s.shift, here = min(s.rows - first, 1 << s.shift);
+      const unsigned char* data = ring.at(cursor.slot);
+      const bool mine = !s.whole || slot % kWarps == warp;
+#pragma unroll 1
+      for (int tile = 0; mine && tile < here; tile += tile_rows) {
+        const int row_a = tile + (g >> seg_shift), row_b = row_a + (8 >> seg_shift);
+        const unsigned char* a = data + min(row_a, here - 1) * row_bytes + a_at;
+        const unsigned char* b = data + min(row_b, here - 1) * row_bytes + a_at;
+        float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+        for (int step = s.whole ? 0 : warp; step < s.steps; step += s.whole ? 1 : kWarps) {
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const int a_half = step * 128 + 64 * (half ^ (pair & 1)), b_half = step * 128 + 64 * (half ^ (b_pair & 1));
+            const uint4 top = *reinterpret_cast<const uint4*>(a + a_half);
+            const uint4 bottom = *reinterpret_cast<const uint4*>(b + a_half);
+            uint4 v = *reinterpret_cast<const uint4*>(xb + b_half);
+            if (b_zero) v = make_uint4(0, 0, 0, 0);
+            multiply(c, top.x, bottom.x, top.y, bottom.y, v.x, v.y);
+            multiply(c, top.z, bottom.z, top.w, bottom.w, v.z, v.w);
+          }
+        }
+        float upper = c[0] + c[1], lower = c[2] + c[3];  // this lane's are of use where t is the pair
+        if (s.whole) {
+          upper = t == pair ? upper : 0.0f, lower = t == pair ? lower : 0.0f;
+#pragma unroll
+          for (int o = 1; o < 16; o *= 2) {
+            if (o < 4 * s.segments) {
+              upper += __shfl_xor_sync(~0u, upper, o);
+              lower += __shfl_xor_sync(~0u, lower, o);
+            }
+          }
+          if (t == 0 && piece == 0 && row_a < here) store(first + row_a, 0, upper);
+          if (t == 0 && piece == 0 && row_b < here) store(first + row_b, 0, lower);
+        } else if (t == pair && warp < s.steps) {
+          if (row_a < here) store(first + row_a, warp * s.segments + piece, upper);
+          if (row_b < here) store(first + row_b, warp * s.segments + piece, lower);
+        }
       }
-      if (lane + 32 < s.slots) {
-        Cursor c = cursor;
-        c.advance(ring.slots, lane + 32);
-        ring.release(c.slot);
-      }
-      cursor.advance(ring.slots, s.slots);
+      __syncwarp();
+      if (lane == 0) ring.release(cursor.slot);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                                  uint32_t b0, uint32_t b1) {
+    if constexpr (std::is_same_v<T, __half>) {
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
     } else {
-      for (; passed < s.slots; passed++, at.advance(ring.slots)) {
-        ring.wait(at);
-        __syncwarp();
-        if (lane == 0) ring.release(at.slot);
-      }
-      cursor = at;
+      asm volatile(
+          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
     }
   }
 };

@@ -134,27 +134,12 @@ __device__ __forceinline__ ulonglong2 peek(const Word* from) {
   return v;
 }
 
-#ifdef MAMBA_DECODE_TRACE
-__device__ int poll_mode = 0;
-#endif
-
 // Receives `words` words (an even number), two to a thread and turn; f(i, a, b) gets the data of words i and i + 1.
 template <int kThreads, typename F>
 __device__ __forceinline__ void receive(const Word* from, int words, uint32_t epoch, int thread, F&& f) {
   constexpr int kDepth = 4;
   const int pairs = words / 2;
   auto ready = [&](const ulonglong2& v) { return word_epoch(v.x) == epoch && word_epoch(v.y) == epoch; };
-#ifdef MAMBA_DECODE_TRACE
-  if (poll_mode == 1) {
-    if (thread < pairs) while (!ready(peek(from + 2 * thread))) __nanosleep(32);
-  } else if (poll_mode == 2) {
-    if ((thread & 31) == 0 && thread < pairs) while (!ready(peek(from + 2 * thread))) {}
-    __syncwarp();
-  } else if (poll_mode == 3) {
-    if ((thread & 31) == 0 && thread < pairs) while (!ready(peek(from + 2 * thread))) __nanosleep(20);
-    __syncwarp();
-  }
-#endif
   if (pairs <= kThreads) {
     if (thread >= pairs) return;
     ulonglong2 v;
@@ -163,8 +148,11 @@ __device__ __forceinline__ void receive(const Word* from, int words, uint32_t ep
     f(2 * thread, word_data(v.x), word_data(v.y));
     return;
   }
-  while (!ready(peek(from + 2 * thread))) {  // a cheap wait first: one load a thread, not four
+  if (thread % 32 == 0) {  // a cheap wait first: one lane's load, not four of every lane
+    while (!ready(peek(from + 2 * thread))) {
+    }
   }
+  __syncwarp();
 #pragma unroll 1
   for (int base = thread; base < pairs; base += kDepth * kThreads) {
     ulonglong2 v[kDepth];

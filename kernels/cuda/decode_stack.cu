@@ -26,22 +26,35 @@ template <typename T> bool make_plan(const Params& p, Plan& plan) {
   plan.out_offset = (plan.blocks - p.d_model % plan.blocks) % plan.blocks;
 
   const int row_model = p.d_model * es, row_inner = p.d_inner * es, row_channel = dt_width * es + p.d_state * 4;
-  const int widest = row_inner > row_model ? row_inner : row_model;
-  plan.slot_bytes = widest * (12288 / widest > 1 ? 12288 / widest : 1);
   auto log2_of = [](int n) {
     int k = 0;
     while (2 << k <= n) k++;
     return k;
   };
-  plan.shift_model = log2_of(plan.slot_bytes / row_model);
+  // Rows of a slot: a power of two; for tensor cores enough to fill a tile.
+  int least_model = 1, least_inner = 1, wanted = 12288;
+  if (es == 2) {
+    if (p.d_model % 64 || p.d_inner % 64) return false;
+    least_model = 16 / segments_of(p.d_model), least_inner = 16 / segments_of(p.d_inner), wanted = 24576;
+  }
+  auto larger = [](int a, int b) { return a > b ? a : b; };
+  plan.shift_inner = log2_of(larger(least_inner, wanted / row_inner > 1 ? wanted / row_inner : 1));
+  plan.slot_bytes = larger(row_inner << plan.shift_inner, row_model * least_model);
   plan.shift_inner = log2_of(plan.slot_bytes / row_inner);
+  plan.shift_model = log2_of(plan.slot_bytes / row_model);
   plan.slot_channels = mamba1 ? plan.slot_bytes / row_channel / plan.unit * plan.unit : plan.channels_most;
   if (plan.slot_channels < plan.unit) return false;
-  const int x_most = plan.x_rows / plan.blocks + 1;
-  plan.partials = 2 * plan.channels_most + (mamba1 ? 0 : x_most);
-  for (int least : {p.d_model / plan.blocks + 1, x_most, 2 * kWarps}) {
-    plan.partials = least > plan.partials ? least : plan.partials;
-  }
+  const int x_most = ceil_div(plan.x_rows, plan.blocks), out_most = ceil_div(p.d_model, plan.blocks);
+  auto partials = [&](int rows, int width, int shift) {  // of any block, which may have fewer rows
+    int most = 0;
+    for (int n = rows; n > 0 && n >= rows - 2 * plan.unit - 1; n--) {
+      most = larger(most, n * shape_of<T>(n, width, shift, false).terms);
+    }
+    return most;
+  };
+  plan.partials = larger(larger(partials(2 * plan.channels_most + (mamba1 ? 0 : x_most), p.d_model, plan.shift_model),
+                                partials(x_most, p.d_inner, plan.shift_inner)),
+                         larger(partials(out_most, p.d_inner, plan.shift_inner), 2 * kWarps));
   plan.words_y = p.d_inner / (es == 2 ? 2 : 1);
   plan.words_u = mamba1 ? plan.words_y : 0;
   plan.words_x = plan.x_rows;
@@ -50,7 +63,7 @@ template <typename T> bool make_plan(const Params& p, Plan& plan) {
 
   const Carve c = carve<T>(p, plan);
   const size_t most = max_shared_bytes();
-  if (c.ring + 2 * size_t(plan.slot_bytes) > most) return false;
+  if (c.ring + 3 * size_t(plan.slot_bytes) > most) return false;
   const size_t slots = (most - c.ring) / plan.slot_bytes;
   plan.slots = int(slots < 64 ? slots : 64);
   plan.flight = 49152 / plan.slot_bytes > 2 ? 49152 / plan.slot_bytes : 2;
@@ -164,8 +177,7 @@ extern "C" int mamba_decode_stack(const mamba_decode_stack_params* params, mamba
 extern "C" __attribute__((visibility("default"))) int mamba_decode_trace(long long* out) {
   return cudaMemcpyFromSymbol(out, mamba::decode::trace_buffer, sizeof(mamba::decode::trace_buffer));
 }
-extern "C" __attribute__((visibility("default"))) int mamba_decode_poll(int mode, int flight) {
-  cudaMemcpyToSymbol(mamba::decode::flight_mode, &flight, sizeof(int));
-  return cudaMemcpyToSymbol(mamba::decode::poll_mode, &mode, sizeof(int));
+extern "C" __attribute__((visibility("default"))) int mamba_decode_poll(int, int flight) {
+  return cudaMemcpyToSymbol(mamba::decode::flight_mode, &flight, sizeof(int));
 }
 #endif
