@@ -34,23 +34,23 @@ template <typename T> struct Conv {
       if (i < taps - 1) state[i] = s[i];
     }
   }
-  // The new input goes in, the oldest goes out; returns the convolution.
-  __device__ __forceinline__ float step(float x, void* state_out, int c, int taps) const {
-    float sum = to_float(bias);
+  float sum, last;
+  // The part that does not depend on the new input: the oldest goes out, the others move up.
+  __device__ __forceinline__ void begin(void* state_out, int c, int taps) {
     T* s = static_cast<T*>(state_out) + int64_t(c) * (taps - 1);
+    sum = to_float(bias), last = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kMaxConv - 1; i++) {
-      if (i < taps - 1) {
+    for (int i = 0; i < kMaxConv; i++) {
+      if (i == taps - 1) last = to_float(weight[i]);
+      if (i < taps - 1 && i < kMaxConv - 1) {
         sum = fmaf(to_float(weight[i]), to_float(state[i]), sum);
         if (i > 0) s[i - 1] = state[i];
       }
     }
-    s[taps - 2] = from_float<T>(x);
-#pragma unroll
-    for (int i = 0; i < kMaxConv; i++) {
-      if (i == taps - 1) sum = fmaf(to_float(weight[i]), x, sum);
-    }
-    return sum;
+  }
+  __device__ __forceinline__ float finish(float x, void* state_out, int c, int taps) const {
+    static_cast<T*>(state_out)[int64_t(c) * (taps - 1) + taps - 2] = from_float<T>(x);
+    return fmaf(last, x, sum);
   }
 };
 
@@ -151,6 +151,7 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
   float* xdb = reinterpret_cast<float*>(smem + at.xdb);
   float* partial = reinterpret_cast<float*>(smem + at.partial);
   float* squares = reinterpret_cast<float*>(smem + at.squares);
+  float* shared_scale = squares + kThreads;
   float* residual = reinterpret_cast<float*>(smem + at.residual);
   float* us = reinterpret_cast<float*>(smem + at.u);
   float* zs = reinterpret_cast<float*>(smem + at.z);
@@ -245,17 +246,42 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
         float square = 0.0f;
 
         if (stage == kOut) {  // first dt_proj, the scan's update and the gate: eight lanes to a channel
-          const int sub = lane % 8, mine = warp * 4 + lane / 8;
-          float bias = 0.0f, D = 0.0f, a_head = 0.0f;
+          constexpr int kAhead = 3;
+          const int sub = lane % 8;
+          const unsigned eight = 0xffu << (lane & 24);
+          const T* dt_rows = nullptr;
+          const float* A = nullptr;
+          // What does not depend on the other blocks, of channel first + k: loaded before the wait for them.
+          float bias = 0.0f, D = 0.0f;
           int dt_at = 0, b_at = R;
-          auto load = [&](int c) {
-            c += channels.first;
-            const int h = kFamily == 2 ? c / head_dim : c;
-            D = l.D[h];
-            if (kFamily == 1) bias = l.dt_bias[h];
-            else a_head = l.A[h], dt_at = bc + h, b_at = h / heads_in_group * N;
+          pair_t<T> w[kAhead];
+          float2 a = make_float2(0.0f, 0.0f), h = a;
+          auto load = [&](int first, int k) {
+            const int c = first + k, head_of = kFamily == 2 ? (channels.first + c) / head_dim : channels.first + c;
+            D = l.D[head_of];
+            if (kFamily == 1) {
+              bias = l.dt_bias[head_of];
+#pragma unroll
+              for (int i = 0; i < kAhead; i++) {
+                if (2 * sub + 16 * i < R) w[i] = *reinterpret_cast<const pair_t<T>*>(dt_rows + k * R + 2 * sub + 16 * i);
+              }
+              if (2 * sub < N) a = *reinterpret_cast<const float2*>(A + k * N + 2 * sub);
+            } else {
+              a.x = l.A[head_of], dt_at = bc + head_of, b_at = head_of / heads_in_group * N;
+            }
+            if (2 * sub < N) h = *reinterpret_cast<const float2*>(state + c * N + 2 * sub);
           };
-          if (mine < n) load(mine);
+          auto open_slot = [&](int first) {
+            const int count = min(plan.slot_channels, n - first);
+            if (kFamily == 1) {
+              dt_rows = reinterpret_cast<const T*>(ring.at(cursor.slot));
+              A = reinterpret_cast<const float*>(dt_rows + count * R);
+              ring.wait(cursor);
+            }
+            if (warp * 4 + lane / 8 < count) load(first, warp * 4 + lane / 8);
+            return count;
+          };
+          int count = open_slot(0);
           receive<kThreads>(sent_x, plan.words_x, epoch, tid, [&](int i, uint32_t a, uint32_t b) {
             *reinterpret_cast<float2*>(xdb + i) = make_float2(__uint_as_float(a), __uint_as_float(b));
           });
@@ -264,75 +290,74 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
           block_sync();
           mark(7);
 #pragma unroll 1
-          for (int first = 0; first < n; first += plan.slot_channels) {
-            const int count = min(plan.slot_channels, n - first);
-            const T* dt_rows = reinterpret_cast<const T*>(ring.at(cursor.slot));
-            const float* A = reinterpret_cast<const float*>(dt_rows + count * R);
-            if (kFamily == 1) ring.wait(cursor);
+          for (int first = 0;;) {
 #pragma unroll 1
             for (int base = warp * 4; base < count; base += 4 * kWarps) {
               const int k = base + lane / 8, c = first + k;
               const bool active = k < count;
               float y = 0.0f;
               if (active) {
-                if (c != mine) load(c);
-                const unsigned eight = 0xffu << (lane & 24);
-                const float* B = xdb + b_at;
-                const float* C = B + bc / 2;
-                float* h = l.ssm_state_out + int64_t(channels.first + c) * N;
-                struct Operands {
-                  float2 a, s, b, c;
-                };
-                auto operands = [&](int j) {
-                  Operands o;
-                  if (kFamily == 1) o.a = *reinterpret_cast<const float2*>(A + k * N + j);
-                  o.s = *reinterpret_cast<const float2*>(state + c * N + j);
-                  o.b = *reinterpret_cast<const float2*>(B + j), o.c = *reinterpret_cast<const float2*>(C + j);
-                  return o;
-                };
-                Operands ahead = operands(2 * sub < N ? 2 * sub : 0);  // while dt is computed
-                const float u = us[c], gate = zs[c];
+                const float *B = xdb + b_at, *C = B + bc / 2;
                 float dt = 0.0f, decay = 0.0f;
                 if (kFamily == 1) {
-#pragma unroll 3
-                  for (int j = 2 * sub; j < R; j += 16) {
-                    const float2 w = to_float2(*reinterpret_cast<const pair_t<T>*>(dt_rows + k * R + j));
-                    const float2 v = *reinterpret_cast<const float2*>(xdb + j);
-                    dt = fmaf(w.x, v.x, fmaf(w.y, v.y, dt));
+#pragma unroll
+                  for (int i = 0; i < kAhead; i++) {
+                    if (2 * sub + 16 * i < R) {
+                      const float2 v = *reinterpret_cast<const float2*>(xdb + 2 * sub + 16 * i), f = to_float2(w[i]);
+                      dt = fmaf(f.x, v.x, fmaf(f.y, v.y, dt));
+                    }
+                  }
+#pragma unroll 2
+                  for (int j = 2 * sub + 16 * kAhead; j < R; j += 16) {
+                    const float2 f = to_float2(*reinterpret_cast<const pair_t<T>*>(dt_rows + k * R + j));
+                    dt = fmaf(f.x, xdb[j], fmaf(f.y, xdb[j + 1], dt));
                   }
 #pragma unroll
                   for (int o = 4; o; o /= 2) dt += __shfl_xor_sync(eight, dt, o);
                   dt = softplus<true>(dt + bias);
                 } else {
                   dt = xdb[dt_at];
-                  decay = ex2(dt * kLog2e * a_head);
+                  decay = ex2(dt * kLog2e * a.x);
                 }
-                const float du = dt * u, dt2 = dt * kLog2e;
-#pragma unroll 1
+                const float u = us[c], du = dt * u, dt2 = dt * kLog2e;
+                float* out = l.ssm_state_out + int64_t(channels.first + c) * N;
+#pragma unroll(kFamily == 2 ? 4 : 1)
                 for (int j = 2 * sub; j < N; j += 16) {
-                  const Operands o = ahead;
-                  if (j + 16 < N) ahead = operands(j + 16);
-                  float2 a = make_float2(decay, decay);
-                  if (kFamily == 1) a = make_float2(ex2(dt2 * o.a.x), ex2(dt2 * o.a.y));
-                  const float2 s = make_float2(fmaf(a.x, o.s.x, du * o.b.x), fmaf(a.y, o.s.y, du * o.b.y));
-                  *reinterpret_cast<float2*>(h + j) = s;
-                  y = fmaf(o.c.x, s.x, fmaf(o.c.y, s.y, y));
+                  if (j >= 16) {
+                    h = *reinterpret_cast<const float2*>(state + c * N + j);
+                    if (kFamily == 1) a = *reinterpret_cast<const float2*>(A + k * N + j);
+                  }
+                  const float2 b = *reinterpret_cast<const float2*>(B + j), d = *reinterpret_cast<const float2*>(C + j);
+                  const float2 f = kFamily == 1 ? make_float2(ex2(dt2 * a.x), ex2(dt2 * a.y)) : make_float2(decay, decay);
+                  h = make_float2(fmaf(f.x, h.x, du * b.x), fmaf(f.y, h.y, du * b.y));
+                  *reinterpret_cast<float2*>(out + j) = h;
+                  y = fmaf(d.x, h.x, fmaf(d.y, h.y, y));
                 }
 #pragma unroll
                 for (int o = 4; o; o /= 2) y += __shfl_xor_sync(eight, y, o);
-                y = fmaf(D, u, y) * gate;
+                y = fmaf(D, u, y) * zs[c];
               }
               send_packed(sent_y, c, y, 8, active && sub == 0, epoch);
+              if (k + 4 * kWarps < count) load(first, k + 4 * kWarps);
             }
-            if (kFamily == 1) {
-              __syncwarp();
-              if (lane == 0) ring.release(cursor.slot);
-              cursor.advance(ring.slots);
-            }
+            first += plan.slot_channels;
+            if (first >= n) break;  // the last slot is given back below, behind a block barrier
+            block_sync();
+            if (warp < kProductWarps && lane == 0 && kFamily == 1) ring.release(cursor.slot);
+            if (kFamily == 1) cursor.advance(ring.slots);
+            count = open_slot(first);
           }
         }
 
-        mark(0);
+        // What the product can know before its vector arrives.
+        const Shape shape = shapes[head ? 3 : stage];
+        const bool normed = stage == kIn || (kFamily == 2 && stage == kOut);
+        const TensorProduct<T> product(shape, smem + at.x, low, normed);
+        const int quad = tid / 4, quads = kThreads / 4;
+        if (stage == kIn && !head && lane % 4 == 0 && convolves(quad)) {
+          conv.begin(l.conv_state_out, conv_channel(quad), p.d_conv);
+        }
+
         // The vector that the stage multiplies, into shared memory.
         auto take_hidden = [&](int i, float a, float b) {  // its mean of squares goes along in pieces
           square = fmaf(a, a, fmaf(b, b, square));
@@ -382,22 +407,22 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
         mark(1);
         block_sync();
         mark(2);
-        if (stage == kOut && (more || next_step < p.n_steps)) {
-          load_state(next, next_step);
+        if (stage == kOut) {
+          if (kFamily == 1) {
+            if (warp < kProductWarps && lane == 0) ring.release(cursor.slot);  // the scan's
+            cursor.advance(ring.slots);
+          }
+          if (more || next_step < p.n_steps) load_state(next, next_step);
+          cp_async_commit();
         }
-        if (stage == kOut) cp_async_commit();
-        const Shape shape = shapes[head ? 3 : stage];
         float scale = 1.0f;
-        const bool normed = stage == kIn || (kFamily == 2 && stage == kOut);
         auto find_scale = [&] {
           float total = 0.0f;
 #pragma unroll
           for (int i = 0; i < kWarps; i++) total += squares[lane + 32 * i];
-          total = warp_sum(total);
           const bool last = stage == kOut;
-          if (normed) {
-            scale = rsqrtf(total * (last ? inner_part : model_part) + (last ? p.gated_norm_eps : p.norm_eps)) / kShrink;
-          }
+          total = warp_sum(total) * (last ? inner_part : model_part) + (last ? p.gated_norm_eps : p.norm_eps);
+          scale = rsqrtf(total) / kShrink;
         };
         if (head) find_scale();
         const bool wants_logits = head && step == p.n_steps - 1 && p.logits;
@@ -411,28 +436,43 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
           if (wants_logits) p.logits[row] = v;
           if (v > best || best_row == 0x7fffffff) best = v, best_row = row;
         };
-        if constexpr (kTensor) {
-          TensorProduct<T>{ring, cursor, smem + at.x, low, normed, warp, lane}.run(shape, store);
+        if (warp < kProductWarps) {
+          if constexpr (kTensor) product.run(ring, cursor, store);
+          else Product{ring, cursor, reinterpret_cast<const float4*>(x), warp, lane}.run(shape, store);
         } else {
-          Product{ring, cursor, reinterpret_cast<const float4*>(x), warp, lane}.run(shape, store);
+          cursor.advance(ring.slots, shape.slots);
+          if (warp == kProductWarps && normed && !head) {
+            find_scale();
+            if (lane == 0) *shared_scale = scale;
+          }
         }
-        if (normed && !head) find_scale();
         mark(3);
         if (head) break;
         if (stage == kOut) cp_async_wait<1>();  // the norms; the state may take longer
+        if (stage == kIn) cp_async_wait<0>();   // the state
         block_sync();
         mark(4);
+        if (normed) scale = *shared_scale;
         // A row's terms, by four lanes.
         auto sum_of = [&](int row) {
           float v = 0.0f;
-          const float* from = partial + row * shape.terms;
-#pragma unroll 3
-          for (int i = lane % 4; i < shape.terms; i += 4) v += from[i];
+          if constexpr (kTensor) {
+            const float2* from = reinterpret_cast<const float2*>(partial + row * shape.terms) + lane % 4 * shape.segments;
+            if (shape.whole) {
+              v = lane % 4 == 0 ? partial[row] : 0.0f;
+            } else {
+#pragma unroll
+              for (int i = 0; i < 4; i++) {
+                if (i < shape.segments) v += from[i].x + from[i].y;
+              }
+            }
+          } else if (lane % 4 < shape.terms) {
+            v = partial[row * shape.terms + lane % 4];
+          }
           v += __shfl_xor_sync(~0u, v, 1);
           v += __shfl_xor_sync(~0u, v, 2);
           return v * scale;
         };
-        const int quad = tid / 4, quads = kThreads / 4;
         const bool speaks = lane % 4 == 0;
         if (stage == kIn) {
           fetch(norm, more ? layers[layer + 1].norm : has_head(step) ? p.norm_f : layers[0].norm, p.d_model * sizeof(T));
@@ -445,7 +485,7 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
             if (i < conv_items && speaks) {
               if (convolves(i)) {
                 u = rounded<T>(u);
-                u = rounded<T>(silu(conv.step(u, l.conv_state_out, conv_channel(i), p.d_conv)));
+                u = rounded<T>(silu(conv.finish(u, l.conv_state_out, conv_channel(i), p.d_conv)));
               } else {  // Mamba-2: a head's dt
                 u = softplus<true>(u + l.dt_bias[x_rows.first + i - n - bc]);
               }
@@ -456,6 +496,7 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
             const bool again = base + quads < conv_items;
             if (speaks && (again || more || next_step < p.n_steps)) {
               load_conv(conv, again ? layer : next, again ? step : next_step, again ? i + quads : quad);
+              if (again && convolves(i + quads)) conv.begin(l.conv_state_out, conv_channel(i + quads), p.d_conv);
             }
           }
         } else {
@@ -511,7 +552,7 @@ __global__ void __launch_bounds__(kThreads + 32, 1) stack_kernel(const __grid_co
                                                                  const __grid_constant__ Plan plan) {
   extern __shared__ __align__(128) unsigned char smem[];
   const Stack<T, kFamily> stack(p, layers.layer, plan, smem);
-  if (threadIdx.x == 0) stack.ring.init(kWarps);
+  if (threadIdx.x == 0) stack.ring.init(kProductWarps);
   __syncthreads();
   if (threadIdx.x >= kThreads) stack.produce();
   else stack.consume();

@@ -13,6 +13,7 @@ struct Layers {  // as a kernel parameter, so that a pointer costs no memory acc
 };
 
 constexpr int kWarps = 12, kThreads = 32 * kWarps;  // that compute; one more warp feeds the ring
+constexpr int kProductWarps = 8;  // of them multiply; another takes the sum of squares meanwhile
 constexpr int kMaxConv = 4;
 
 struct Share {
@@ -64,12 +65,12 @@ template <typename T> __host__ __device__ inline Shape shape_of(int rows, int wi
     while (s.segments > 1 && rows > 16 / s.segments && (16 / s.segments) < (1 << shift)) s.segments /= 2;
     s.steps = width / (64 * s.segments);
     s.whole = head || rows > kSplitRows;
-    s.terms = s.whole ? 1 : (s.steps < kWarps ? s.steps : kWarps) * s.segments;
+    s.terms = s.whole ? 1 : kProductWarps * s.segments;
   } else {
     s.turns = (width + 255) / 256;
-    s.each = rows >= 2 * kWarps && shift > 0 ? 2 : 1;
+    s.each = rows >= 2 * kProductWarps && shift > 0 ? 2 : 1;
     s.tasks = (rows + s.each - 1) / s.each;
-    while (!head && s.part_shift < 2 && (s.tasks << (s.part_shift + 1)) <= kWarps && (2 << s.part_shift) <= s.turns) {
+    while (!head && s.part_shift < 2 && (s.tasks << (s.part_shift + 1)) <= kProductWarps && (2 << s.part_shift) <= s.turns) {
       s.part_shift++;
     }
     s.tasks <<= s.part_shift;
@@ -96,7 +97,7 @@ template <typename T> __host__ __device__ inline Carve carve(const Params& p, co
   c.x = take(size_t(widest) * 4 + 64);
   c.xdb = take(size_t(plan.words_x) * 4);
   c.partial = take(size_t(plan.partials) * 4);
-  c.squares = take(kThreads * 4);
+  c.squares = take(kThreads * 4 + 16);
   c.residual = take(size_t(p.d_model / plan.blocks + 1) * 4);
   c.u = take(size_t(plan.channels_most) * 4);
   c.z = take(size_t(plan.channels_most) * 4);

@@ -71,7 +71,7 @@ struct Product {
     Cursor at = cursor;
     int passed = 0;
 #pragma unroll 1
-    for (int task = warp; task < s.tasks; task += kWarps) {
+    for (int task = warp; task < s.tasks; task += kProductWarps) {
       const int row = (task >> s.part_shift) * s.each, part = task & ((1 << s.part_shift) - 1), slot = row >> s.shift;
       for (;; passed++, at.advance(ring.slots)) {  // every slot in turn: a release must not overtake a refill
         ring.wait(at);
@@ -106,50 +106,54 @@ struct Product {
 // neighbouring rows never meet in a bank of shared memory. With few rows a row is cut into 2 or 4 pieces, each a row of
 // the tile with a pair of its own. The order of the values inside a product is free, so fragments are loaded by 16 bytes.
 template <typename T> struct TensorProduct {
-  const Ring& ring;
-  Cursor& cursor;
-  const unsigned char* x;
-  int low;
-  bool use_low;
-  int warp, lane;
+  Shape s;
+  const unsigned char* x;  // where this lane's column begins
+  int a, below, flip, x_flip, row, pair, piece, lane, warp;
+  bool zero;
 
-  template <typename F> __device__ __forceinline__ void run(const Shape& s, F&& store) {
-    const int g = lane >> 2, t = lane & 3, tile_rows = 16 / s.segments, pair = g & (s.segments == 4 ? 3 : 1);
-    const int piece = s.segments == 1 ? 0 : g & (s.segments - 1), seg_shift = s.segments >> 1;  // log2 of 1, 2, 4
-    const int length = s.steps * 128;                                                           // bytes of a piece
-    const int a_at = piece * length + t * 16, b_pair = g >> 1;
-    const int b_at = (s.segments == 1 ? 0 : b_pair * length) + t * 16 + (g & 1) * low;
-    const bool b_zero = (g & 1) && !use_low;
-    const unsigned char* xb = x + (b_pair < (s.segments == 4 ? 4 : 2) ? b_at : t * 16);
-    const int row_bytes = s.width * 2;
+  // Everything that does not depend on the data: time to spend before the data arrive.
+  __device__ __forceinline__ TensorProduct(const Shape& shape, const unsigned char* x_at, int low, bool use_low)
+      : s(shape), lane(threadIdx.x & 31), warp(threadIdx.x >> 5) {
+    const int g = lane >> 2, t = lane & 3, seg_shift = s.segments >> 1, length = s.steps * 128;  // log2; bytes of a piece
+    const int pairs = s.segments == 4 ? 4 : 2, x_pair = (g >> 1) & (pairs - 1);
+    pair = g & (pairs - 1), piece = g & (s.segments - 1), row = g >> seg_shift;
+    below = (8 >> seg_shift) * s.width * 2;
+    a = row * s.width * 2 + piece * length + t * 16 + (pair & 1) * 64;
+    flip = pair & 1 ? -64 : 64, x_flip = x_pair & 1 ? -64 : 64;
+    x = x_at + (s.segments == 1 ? 0 : x_pair * length) + t * 16 + (x_pair & 1) * 64 + (g & 1) * low;
+    zero = (g & 1) && !use_low;
+  }
+
+  // Product warps only. Calls store(row, term, value) from one lane each.
+  template <typename F> __device__ __forceinline__ void run(const Ring& ring, Cursor& cursor, F&& store) const {
+    const int length = s.steps * 128, tile_rows = 16 / s.segments, stride = s.whole ? 128 : kProductWarps * 128;
+    const int begin = s.whole ? 0 : warp * 128;
+    const bool chosen = (lane & 3) == pair;
 #pragma unroll 1
-    for (int slot = 0; slot < s.slots; slot++, cursor.advance(ring.slots)) {
+    for (int first = 0; first < s.rows; first += 1 << s.shift, cursor.advance(ring.slots)) {
       ring.wait(cursor);
-      const int first = slot << s.shift, here = min(s.rows - first, 1 << s.shift);
-      const unsigned char* data = ring.at(cursor.slot);
-      const bool mine = !s.whole || slot % kWarps == warp;
+      const int here = min(s.rows - first, 1 << s.shift);
+      const unsigned char* data = ring.at(cursor.slot) + a;
+      const bool mine = !s.whole || (first >> s.shift) % kProductWarps == warp;
 #pragma unroll 1
-      for (int tile = 0; mine && tile < here; tile += tile_rows) {
-        const int row_a = tile + (g >> seg_shift), row_b = row_a + (8 >> seg_shift);
-        const unsigned char* a = data + min(row_a, here - 1) * row_bytes + a_at;
-        const unsigned char* b = data + min(row_b, here - 1) * row_bytes + a_at;
+      for (int tile = 0; mine && tile < here; tile += tile_rows, data += tile_rows * s.width * 2) {
         float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
-        for (int step = s.whole ? 0 : warp; step < s.steps; step += s.whole ? 1 : kWarps) {
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            const int a_half = step * 128 + 64 * (half ^ (pair & 1)), b_half = step * 128 + 64 * (half ^ (b_pair & 1));
-            const uint4 top = *reinterpret_cast<const uint4*>(a + a_half);
-            const uint4 bottom = *reinterpret_cast<const uint4*>(b + a_half);
-            uint4 v = *reinterpret_cast<const uint4*>(xb + b_half);
-            if (b_zero) v = make_uint4(0, 0, 0, 0);
-            multiply(c, top.x, bottom.x, top.y, bottom.y, v.x, v.y);
-            multiply(c, top.z, bottom.z, top.w, bottom.w, v.z, v.w);
-          }
+        for (int at = begin; at < length; at += stride) {
+          // Rows past the last are read too, whatever is there: their results go nowhere.
+          const uint4 top = load(data + at), top2 = load(data + at + flip);
+          const uint4 bottom = load(data + at + below), bottom2 = load(data + at + below + flip);
+          uint4 v = load(x + at), v2 = load(x + at + x_flip);
+          if (zero) v = v2 = make_uint4(0, 0, 0, 0);
+          multiply(c, top.x, bottom.x, top.y, bottom.y, v.x, v.y);
+          multiply(c, top.z, bottom.z, top.w, bottom.w, v.z, v.w);
+          multiply(c, top2.x, bottom2.x, top2.y, bottom2.y, v2.x, v2.y);
+          multiply(c, top2.z, bottom2.z, top2.w, bottom2.w, v2.z, v2.w);
         }
-        float upper = c[0] + c[1], lower = c[2] + c[3];  // this lane's are of use where t is the pair
+        float upper = c[0] + c[1], lower = c[2] + c[3];  // of use in the lane where the columns are the pair's
+        const int row_a = tile + row, row_b = row_a + tile_rows / 2;
         if (s.whole) {
-          upper = t == pair ? upper : 0.0f, lower = t == pair ? lower : 0.0f;
+          if (!chosen) upper = lower = 0.0f;
 #pragma unroll
           for (int o = 1; o < 16; o *= 2) {
             if (o < 4 * s.segments) {
@@ -157,11 +161,13 @@ template <typename T> struct TensorProduct {
               lower += __shfl_xor_sync(~0u, lower, o);
             }
           }
-          if (t == 0 && piece == 0 && row_a < here) store(first + row_a, 0, upper);
-          if (t == 0 && piece == 0 && row_b < here) store(first + row_b, 0, lower);
-        } else if (t == pair && warp < s.steps) {
-          if (row_a < here) store(first + row_a, warp * s.segments + piece, upper);
-          if (row_b < here) store(first + row_b, warp * s.segments + piece, lower);
+          const bool first_lane = (lane & 3) == 0 && piece == 0;
+          if (first_lane && row_a < here) store(first + row_a, 0, upper);
+          if (first_lane && row_b < here) store(first + row_b, 0, lower);
+        } else if (chosen) {
+          const int term = warp * s.segments + piece;
+          if (row_a < here) store(first + row_a, term, upper);
+          if (row_b < here) store(first + row_b, term, lower);
         }
       }
       __syncwarp();
@@ -170,6 +176,7 @@ template <typename T> struct TensorProduct {
   }
 
  private:
+  __device__ __forceinline__ static uint4 load(const unsigned char* p) { return *reinterpret_cast<const uint4*>(p); }
   __device__ __forceinline__ static void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                   uint32_t b0, uint32_t b1) {
     if constexpr (std::is_same_v<T, __half>) {

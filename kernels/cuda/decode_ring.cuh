@@ -23,9 +23,8 @@ struct Cursor {
   __device__ __forceinline__ void advance(int slots) {
     if (++slot == slots) slot = 0, parity ^= 1;
   }
-  __device__ __forceinline__ void advance(int slots, int by) {  // by <= slots
-    slot += by;
-    if (slot >= slots) slot -= slots, parity ^= 1;
+  __device__ __forceinline__ void advance(int slots, int by) {
+    for (slot += by; slot >= slots; slot -= slots) parity ^= 1;
   }
 };
 

@@ -66,7 +66,7 @@ template <typename T> bool make_plan(const Params& p, Plan& plan) {
   if (c.ring + 3 * size_t(plan.slot_bytes) > most) return false;
   const size_t slots = (most - c.ring) / plan.slot_bytes;
   plan.slots = int(slots < 64 ? slots : 64);
-  plan.flight = 49152 / plan.slot_bytes > 2 ? 49152 / plan.slot_bytes : 2;
+  plan.flight = larger(1, 49152 / plan.slot_bytes);
   plan.shared_bytes = c.ring + size_t(plan.slots) * plan.slot_bytes;
   return true;
 }
