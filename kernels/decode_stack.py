@@ -83,7 +83,7 @@ class DecodeStack:
             layer = {field: weights[f"backbone.layers.{i}.{name}"] for field, name in NAMES[spec.family].items()}
             for field, tensor in layer.items():
                 wanted = torch.float32 if field in FLOAT32 else self.dtype
-                if tensor.dtype != wanted or not tensor.is_contiguous() or not tensor.is_cuda:
+                if tensor.dtype != wanted or not tensor.is_contiguous() or tensor.device != self.device:
                     raise KernelError(f"decode_stack: {field} of layer {i} must be dense {wanted} on the GPU")
             self._layers.append(layer)
         for state in state_table(spec, "fp32"):

@@ -395,7 +395,9 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
             take_hidden(i, v.x, v.y);
           }
 #pragma unroll 1
-          for (int i = tid; i < out_rows.count; i += kThreads) residual[i] = to_float(row[out_rows.first + i]);
+          for (int i = quad; i < out_rows.count; i += quads) {  // by the lanes that add to it
+            if (lane % 4 == 0) residual[i] = to_float(row[out_rows.first + i]);
+          }
           epoch++;
         } else {
           receive<kThreads>(sent_hidden, p.d_model, epoch, tid, [&](int i, uint32_t a, uint32_t b) {
