@@ -139,10 +139,10 @@ def mamba2(d_model: int, **changes: Any) -> ModelSpec:
 
 # model, dtype, blocks, kB of shared memory
 CASES = {
-    "mamba1 bf16": (mamba1(64), "bf16", 3, 32),
-    "mamba1 fp16": (mamba1(64, d_inner=192, d_state=64, residual_in_fp32=False, dt_rank=10), "fp16", 2, 100),
-    "mamba1 fp32": (mamba1(72, d_conv=3, tie_embeddings=False), "fp32", 2, 64),
-    "mamba2 bf16": (mamba2(64, ngroups=2), "bf16", 3, 60),
+    "mamba1 bf16": (mamba1(64), "bf16", 3, 96),
+    "mamba1 fp16": (mamba1(64, n_layer=1, d_inner=192, d_state=64, residual_in_fp32=False, dt_rank=10), "fp16", 3, 128),
+    "mamba1 fp32": (mamba1(72, n_layer=1, d_conv=3, dt_rank=6, tie_embeddings=False), "fp32", 2, 64),
+    "mamba2 bf16": (mamba2(64, n_layer=1, ngroups=2), "bf16", 3, 96),
 }
 
 
