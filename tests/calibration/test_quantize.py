@@ -26,11 +26,18 @@ def quick(name: str) -> object:
     return dataclasses.replace(load_recipe(name), promote=Promote())
 
 
-@pytest.mark.parametrize("target", ["ort", "tensorrt", "portable"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_gives_a_verified_bundle_for_every_target(
-    make_quantized: MakeQuantized, recipe: str, target: str
-) -> None:
+CASES = [(recipe, "ort") for recipe in RECIPES]
+CASES += [
+    ("w8a8", "tensorrt"),
+    ("w4a8", "tensorrt"),
+    ("fp8", "tensorrt"),
+    ("w8a8", "portable"),
+    ("w4a16-g32", "portable"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "target"), CASES)
+def test_every_recipe_gives_a_verified_bundle(make_quantized: MakeQuantized, recipe: str, target: str) -> None:
     bundle = Bundle(make_quantized(recipe=quick(recipe), target=target))
     assert bundle.manifest.verification is not None and bundle.manifest.verification["ok"]
     assert bundle.manifest.quantization is not None and bundle.manifest.quantization["name"] == recipe
