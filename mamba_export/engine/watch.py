@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -76,5 +77,8 @@ def run_cancellable(job: Callable[[], T], cancel: Callable[[], None]) -> T:
                         raise
         except KeyboardInterrupt:
             cancel()
-            concurrent.futures.wait([future])
+            # A second Ctrl-C changes nothing: an interpreter that ends while the builder is at work aborts.
+            while not future.done():
+                with contextlib.suppress(KeyboardInterrupt):
+                    concurrent.futures.wait([future], timeout=0.1)
             raise

@@ -116,8 +116,10 @@ def standin(standin_libraries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for place in ("mamba_export.runtime.trt", "mamba_export.engine.build", "mamba_export.engine.inspect"):
         importlib.import_module(place)
         monkeypatch.setattr(f"{place}.find_device", lambda: device)
+    monkeypatch.setenv("STANDIN_CUDART", str(standin_libraries / "libcudart.so"))
     paths = {"PYTHONPATH": str(HERE / "python"), "LD_LIBRARY_PATH": str(standin_libraries)}
     env = {name: os.pathsep.join(filter(None, [path, os.environ.get(name)])) for name, path in paths.items()}
+    env["STANDIN_CUDART"] = "libcudart.so"  # as a process of its own finds it
     yield StandIn(module, cuda, env, standin_libraries / "libmamba_plugins.so")
     cuda.stub_limit(ctypes.c_size_t(-1))
     with contextlib.suppress(KeyError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +271,7 @@ class EngineInspector:
 class IExecutionContext:
     def __init__(self, engine: ICudaEngine) -> None:
         self._engine = engine
-        self._cuda = ctypes.CDLL("libcudart.so")
+        self._cuda = ctypes.CDLL(os.environ.get("STANDIN_CUDART", "libcudart.so"))
         self._cuda.stub_owns.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
