@@ -12,12 +12,6 @@
 
 namespace mamba::decode {
 
-#ifdef MAMBA_DECODE_TRACE
-constexpr int kMarks = 4000;
-__device__ long long trace_buffer[132][kMarks];
-__device__ int flight_mode = 0;
-#endif
-
 // What a thread needs for one channel's convolution, loaded a layer ahead.
 template <typename T> struct Conv {
   T weight[kMaxConv], state[kMaxConv - 1], bias;  // as they lie there: a conversion would wait for the load
@@ -92,11 +86,7 @@ template <typename T, int kFamily> struct Stack {
 };
 
 template <typename T, int kFamily> __device__ void Stack<T, kFamily>::produce() const {
-#ifdef MAMBA_DECODE_TRACE
-  Producer out(ring, flight_mode ? flight_mode : plan.flight);
-#else
   Producer out(ring, plan.flight);
-#endif
   const int n = channels.count, row = p.d_model * int(sizeof(T));
   const int dt_row = p.dt_rank * int(sizeof(T)), a_row = p.d_state * 4;
   // Rows [at, at + count) of a slot that lie in the stretch of `size` rows which begins at row `begin` of the list.
@@ -221,14 +211,6 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
   cp_async_wait<0>();
   block_sync();
 
-#ifdef MAMBA_DECODE_TRACE
-  int marks = 0;
-  auto mark = [&](int what) {
-    if (tid == 0 && marks < kMarks) trace_buffer[blockIdx.x][marks++] = (clock64() << 4) | what;
-  };
-#else
-  auto mark = [](int) {};
-#endif
   uint32_t epoch = 0;
   int64_t token = p.input_ids[0];
   for (int step = 0; step < p.n_steps; step++) {
@@ -285,10 +267,8 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
           receive<kThreads>(sent_x, plan.words_x, epoch, tid, [&](int i, uint32_t a, uint32_t b) {
             *reinterpret_cast<float2*>(xdb + i) = make_float2(__uint_as_float(a), __uint_as_float(b));
           });
-          mark(6);
           cp_async_wait<0>();
           block_sync();
-          mark(7);
 #pragma unroll 1
           for (int first = 0;;) {
 #pragma unroll 1
@@ -406,9 +386,7 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
           epoch++;
         }
         squares[tid] = square;
-        mark(1);
         block_sync();
-        mark(2);
         if (stage == kOut) {
           if (kFamily == 1) {
             if (warp < kProductWarps && lane == 0) ring.release(cursor.slot);  // the scan's
@@ -448,12 +426,10 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
             if (lane == 0) *shared_scale = scale;
           }
         }
-        mark(3);
         if (head) break;
         if (stage == kOut) cp_async_wait<1>();  // the norms; the state may take longer
         if (stage == kIn) cp_async_wait<0>();   // the state
         block_sync();
-        mark(4);
         if (normed) scale = *shared_scale;
         // A row's terms, by four lanes.
         auto sum_of = [&](int row) {
@@ -517,7 +493,6 @@ template <typename T, int kFamily> __device__ void Stack<T, kFamily>::consume() 
             }
           }
         }
-        mark(5);
       }
       if (!head || !p.output_ids) continue;
 

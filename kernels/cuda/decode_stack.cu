@@ -172,12 +172,3 @@ extern "C" int mamba_decode_stack(const mamba_decode_stack_params* params, mamba
     return fused ? launch_fused<decltype(t)>(p, plan, s) : launch_chain<decltype(t)>(p, s);
   });
 }
-
-#ifdef MAMBA_DECODE_TRACE
-extern "C" __attribute__((visibility("default"))) int mamba_decode_trace(long long* out) {
-  return cudaMemcpyFromSymbol(out, mamba::decode::trace_buffer, sizeof(mamba::decode::trace_buffer));
-}
-extern "C" __attribute__((visibility("default"))) int mamba_decode_poll(int, int flight) {
-  return cudaMemcpyToSymbol(mamba::decode::flight_mode, &flight, sizeof(int));
-}
-#endif
