@@ -23,7 +23,36 @@ template <int N> __device__ __forceinline__ void warp_sum(float (&v)[N]) {
   }
 }
 
-// Eight weights from shared memory times eight values, x being kept in two planes (values 0-3 and 4-7 of every eight).
+// The vector of a product in shared memory: for tensor cores a high and a low part of the 16-bit type, `low` bytes apart; in
+// float32 two planes (values 0-3 and 4-7 of every eight).
+template <typename T> struct Vector {
+  unsigned char* at;
+  int low;
+  static constexpr bool kTensor = sizeof(T) == 2;
+  // float16's range is short: the residual is scaled down on its way into the tensor cores.
+  static constexpr float kShrink = std::is_same_v<T, __half> ? 1.0f / 16 : 1.0f;
+
+  Vector() = default;
+  __device__ __forceinline__ Vector(unsigned char* memory, int widest) : at(memory), low((kTensor ? 2 : 0) * widest + 64) {}
+
+  // Values i and i + 1 of `width`.
+  __device__ __forceinline__ void place(int i, int width, float a, float b) const {
+    if constexpr (kTensor) {
+      auto clamped = [](float v) { return std::is_same_v<T, __half> ? fminf(fmaxf(v, -65504.0f), 65504.0f) : v; };
+      a = clamped(a * kShrink), b = clamped(b * kShrink);
+      const pair_t<T> high = from_float2<T>(a, b);
+      const float2 h = to_float2(high);
+      unsigned char* to = at + i * 2;
+      *reinterpret_cast<pair_t<T>*>(to) = high;
+      *reinterpret_cast<pair_t<T>*>(to + low) = from_float2<T>(a - h.x, b - h.y);
+    } else {
+      float* to = reinterpret_cast<float*>(at) + (i % 8 / 4) * (width / 2) + i / 8 * 4 + i % 4;
+      *reinterpret_cast<float2*>(to) = make_float2(a, b);
+    }
+  }
+};
+
+// Eight weights from shared memory times eight values, x being the two planes.
 template <typename T> __device__ __forceinline__ float dot8(const T* w, float4 a, float4 b, float sum) {
   if constexpr (sizeof(T) == 4) {
     const float4 p = reinterpret_cast<const float4*>(w)[0], q = reinterpret_cast<const float4*>(w)[1];
@@ -98,7 +127,7 @@ struct Product {
   }
 };
 
-// The same for 16-bit weights on tensor cores. x is kept as a high and a low part of that type, `low` bytes apart.
+// The same for 16-bit weights on tensor cores.
 //
 // A tile of 16 rows is multiplied by 8 columns, of which a vector needs one. The others make up for it: two columns are
 // the high and the low part, so that x keeps float32's precision nearly; and there are four such pairs. With one piece a
@@ -112,7 +141,7 @@ template <typename T> struct TensorProduct {
   bool zero;
 
   // Everything that does not depend on the data: time to spend before the data arrive.
-  __device__ __forceinline__ TensorProduct(const Shape& shape, const unsigned char* x_at, int low, bool use_low)
+  __device__ __forceinline__ TensorProduct(const Shape& shape, const Vector<T>& v, bool use_low)
       : s(shape), lane(threadIdx.x & 31), warp(threadIdx.x >> 5) {
     const int g = lane >> 2, t = lane & 3, seg_shift = s.segments >> 1, length = s.steps * 128;  // log2; bytes of a piece
     const int pairs = s.segments == 4 ? 4 : 2, x_pair = (g >> 1) & (pairs - 1);
@@ -120,7 +149,7 @@ template <typename T> struct TensorProduct {
     below = (8 >> seg_shift) * s.width * 2;
     a = row * s.width * 2 + piece * length + t * 16 + (pair & 1) * 64;
     flip = pair & 1 ? -64 : 64, x_flip = x_pair & 1 ? -64 : 64;
-    x = x_at + (s.segments == 1 ? 0 : x_pair * length) + t * 16 + (x_pair & 1) * 64 + (g & 1) * low;
+    x = v.at + (s.segments == 1 ? 0 : x_pair * length) + t * 16 + (x_pair & 1) * 64 + (g & 1) * v.low;
     zero = (g & 1) && !use_low;
   }
 
@@ -192,16 +221,6 @@ template <typename T> struct TensorProduct {
     }
   }
 };
-
-// The larger logit of a warp's, and of equal ones the smaller row: everywhere the same.
-__device__ __forceinline__ void best_of(float& value, int& row) {
-#pragma unroll
-  for (int o = 16; o; o /= 2) {
-    const float v = __shfl_xor_sync(~0u, value, o);
-    const int r = __shfl_xor_sync(~0u, row, o);
-    if (v > value || (v == value && r < row)) value = v, row = r;
-  }
-}
 
 template <typename T> __device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
 

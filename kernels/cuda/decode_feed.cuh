@@ -1,0 +1,68 @@
+// The warp that feeds the ring: all weights of the block in the order in which the other warps use them.
+#pragma once
+
+#include "decode_block.cuh"
+
+namespace mamba::decode {
+
+// Rows that lie one behind the other.
+template <typename T>
+__device__ __forceinline__ void feed_rows(Producer& out, const void* weight, Share s, int width, int shift) {
+  const int slot_rows = 1 << shift;
+#pragma unroll 1
+  for (int r = 0; r < s.count; r += slot_rows) {
+    const char* from = static_cast<const char*>(weight) + int64_t(s.first + r) * width * sizeof(T);
+    out.push({from, int(min(slot_rows, s.count - r) * width * sizeof(T))});
+  }
+}
+
+// in_proj: the block's rows of x, of z and, in Mamba-2 (where z comes first), of B, C and dt.
+template <typename T, int kFamily>
+__device__ __forceinline__ void feed_in(Producer& out, const Block<T, kFamily>& b, const Layer& l) {
+  const Params& p = b.p;
+  const int n = b.channels.count, row = p.d_model * int(sizeof(T)), shift = b.plan.shift_model;
+  // Rows [at, at + count) of a slot that lie in the stretch of `size` rows which begins at row `begin` of the list.
+  auto part = [&](const void* weight, int64_t first, int begin, int size, int at, int count) {
+    const int from = max(at, begin), to = min(at + count, begin + size);
+    return Piece{static_cast<const char*>(weight) + (first + from - begin) * row, max(0, to - from) * row};
+  };
+  const int total = b.in_rows(), x_first = b.channels.first + (kFamily == 2 ? p.d_inner : 0);
+  const int z_first = b.channels.first + (kFamily == 2 ? 0 : p.d_inner);
+#pragma unroll 1
+  for (int r = 0; r < total; r += 1 << shift) {
+    const int count = min(1 << shift, total - r);
+    out.push(part(l.in_proj, x_first, 0, n, r, count), part(l.in_proj, z_first, n, n, r, count),
+             kFamily == 2 ? part(l.in_proj, 2 * p.d_inner + b.x_rows.first, 2 * n, b.x_rows.count, r, count) : Piece{});
+  }
+}
+
+// Mamba-1's scan: the channels' rows of dt_proj and, behind them in the slot, of A.
+template <typename T> __device__ __forceinline__ void feed_scan(Producer& out, const Block<T, 1>& b, const Layer& l) {
+  const int n = b.channels.count, dt_row = b.p.dt_rank * int(sizeof(T)), a_row = b.p.d_state * 4;
+  for (int c = 0; c < n; c += b.plan.slot_channels) {
+    const int count = min(b.plan.slot_channels, n - c);
+    const int64_t first = b.channels.first + c;
+    out.push({static_cast<const char*>(l.dt_proj) + first * dt_row, count * dt_row},
+             {reinterpret_cast<const char*>(l.A) + first * a_row, count * a_row});
+  }
+}
+
+template <typename T, int kFamily> __device__ void feed(const Block<T, kFamily>& b) {
+  const Params& p = b.p;
+  const Plan& plan = b.plan;
+  Producer out(b.ring, plan.flight);
+  for (int step = 0; step < p.n_steps; step++) {
+    for (int i = 0; i < p.n_layer; i++) {
+      const Layer& l = b.layers[i];
+      feed_in(out, b, l);
+      if constexpr (kFamily == 1) {
+        feed_rows<T>(out, l.x_proj, b.x_rows, p.d_inner, plan.shift_inner);
+        feed_scan(out, b, l);
+      }
+      feed_rows<T>(out, l.out_proj, b.out_rows, p.d_inner, plan.shift_inner);
+    }
+    if (b.has_head(step)) feed_rows<T>(out, p.lm_head, b.head_rows, p.d_model, plan.shift_model);
+  }
+}
+
+}  // namespace mamba::decode
