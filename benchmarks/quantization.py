@@ -53,10 +53,26 @@ def linear_bytes(path: Path) -> tuple[int, int]:
     return stored, 2 * sum(int(np.prod(shape)) for name, shape in shapes.items() if name.endswith("proj.weight"))
 
 
-def simulated(ckpt: Path, bundle: Path, recipe: str, stats: Path, rows: Any) -> float:
+def make(ckpt: Path, out: Path, recipe: str, stats: Path) -> Any:
+    """A bundle of target ort with the logits of all positions, and the quantized model in it."""
+    from mamba_export.calibration import load_statistics
+    from mamba_export.calibration.quantizer import quantize_model
+
+    from mamba_export.checkpoint import open_checkpoint
+    from mamba_export.export import make_graphs, write_graphs
+    from mamba_export.progress import silent
+
+    with open_checkpoint(ckpt) as checkpoint:
+        model = quantize_model(checkpoint, recipe, load_statistics(stats), blocks=True)
+        graphs = make_graphs(checkpoint, "ort", "fp32", "all", False, silent, model)
+        write_graphs(checkpoint, graphs, out, False, True, silent)
+    return model
+
+
+def simulated(ckpt: Path, bundle: Path, model: Any, rows: Any) -> float:
     """Percent between the perplexities of the bundle and of the simulated torch model, on a few rows."""
     import torch
-    from mamba_export.calibration import load_statistics, simulate
+    from mamba_export.calibration import simulate
     from mamba_export.calibration.scans import fast_scans
 
     from mamba_export.bundle import Bundle
@@ -65,14 +81,14 @@ def simulated(ckpt: Path, bundle: Path, recipe: str, stats: Path, rows: Any) -> 
     from mamba_export.states import state_table
     from mamba_export.verification.perplexity import measure
 
-    found = measure(OrtRunner(Bundle(bundle, check=False), threads=1), rows, "all").perplexity
+    found = measure(OrtRunner(Bundle(bundle, check=False)), rows, "all").perplexity
     total = 0.0
     with open_checkpoint(ckpt) as checkpoint:
-        model = simulate(checkpoint, recipe, load_statistics(stats))
+        torch_model = simulate(checkpoint, model)
         with torch.inference_mode(), fast_scans():
             for row in torch.from_numpy(rows):
                 states = [torch.zeros(1, *s.shape) for s in state_table(checkpoint.spec, "fp32")]
-                logits = model(row[None, :-1], states)[0][0]
+                logits = torch_model(row[None, :-1], states)[0][0]
                 total += float(torch.nn.functional.cross_entropy(logits, row[1:]))
     return 100 * (found / float(np.exp(total / len(rows))) - 1)
 
@@ -101,13 +117,13 @@ def measure_model(name: str, options: argparse.Namespace) -> list[list[str]]:
     for recipe in options.recipes:
         started = time.monotonic()
         out = folder / recipe
-        quantize(ckpt, out, recipe=recipe, calibration=stats, target="ort", logits="all", verify=False, force=True)
+        model = make(ckpt, out, recipe, stats)
         took = time.monotonic() - started
         found = perplexity(out, tokens, window=WINDOW, limit=options.windows).perplexity
         stored, half = linear_bytes(out)
         limit, ratio = ASKED.get(recipe, (None, None))
         limit = ASKED_MAMBA2.get(recipe, limit) if name.startswith("mamba2") else limit
-        off = simulated(ckpt, out, recipe, stats, few) if options.simulated else float("nan")
+        off = simulated(ckpt, out, model, few) if options.simulated else float("nan")
         rows.append(
             [
                 name,

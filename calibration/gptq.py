@@ -6,20 +6,31 @@ All of them minimize ``tr((W − Ŵ) H (W − Ŵ)ᵀ)``, the squared error of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from mamba_export.quantized import Matrix
 
 from .recipes import Weights
-from .rounding import LOW_HIGH, choose_scales, store_scales
+from .rounding import choose_grid, store_scales
+from .two_sided import Limits, two_sided
 
 _DAMPING = 0.01
 _BLOCK = 128
 _SWEEPS = 4
 
 
-def gptq(weight: Tensor, hessian: Tensor, scheme: Weights, dtype: str = "fp32", sweeps: int = _SWEEPS) -> Matrix:
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    scheme: Weights,
+    dtype: str = "fp32",
+    sweeps: int = _SWEEPS,
+    outputs: Sequence[Tensor] = (),
+) -> Matrix:
     """Quantize a matrix so that its products with inputs like the calibration's change least.
 
     Args:
@@ -28,25 +39,37 @@ def gptq(weight: Tensor, hessian: Tensor, scheme: Weights, dtype: str = "fp32", 
         scheme: of the recipe.
         dtype: of the graph, for the type of the scales.
         sweeps: of coordinate descent after GPTQ, each followed by a refit of the scales.
+        outputs: diagonal blocks of G (see :mod:`.sensitivity`): the rows are then rounded with regard to each other,
+            by :mod:`.two_sided`, from the scales found here.
     """
     weight, h = weight.float(), hessian.float().clone()
     dead = h.diagonal() <= 0
     h.diagonal()[dead] = 1.0
     h.diagonal().add_(_DAMPING * h.diagonal().mean())
-    scales, group = choose_scales(weight, scheme, dtype, h.diagonal())
-    low, high = LOW_HIGH[scheme.type]  # type: ignore[index]
-    index = torch.arange(weight.shape[1], device=weight.device) // group
-    q = _round_in_order(weight, h, scales[:, index], low, high)
+    grid = choose_grid(weight, scheme, dtype, h.diagonal())
+    scales, limits = grid.scales, grid.limits(weight.shape[1])
+    index = torch.arange(weight.shape[1], device=weight.device) // grid.group
+    q = _round_in_order(weight, h, scales[:, index], limits)
     for _ in range(sweeps):
         scales = _refit(weight, q, scales, h, index, dtype)
-        q = _descend(weight, q, scales[:, index], h, low, high)
-    return Matrix(scheme.type, q.to(torch.int8), scales, group)  # type: ignore[arg-type]
+        q = _descend(weight, q, scales[:, index], h, limits)
+    if outputs:
+        parts, start = [], 0
+        for block in outputs:
+            rows = slice(start, start + len(block))
+            start += len(block)
+            own = (limits[0][rows], limits[1][rows])
+            store = partial(store_scales, dtype=dtype)
+            parts.append(two_sided(weight[rows], scales[rows], grid.group, block, h, own, store, sweeps))
+        q, scales = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    return grid.matrix(scheme.type, q, scales)  # type: ignore[arg-type]
 
 
-def _round_in_order(weight: Tensor, h: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
+def _round_in_order(weight: Tensor, h: Tensor, scales: Tensor, limits: Limits) -> Tensor:
     """GPTQ with the most active columns first and scales that are fixed beforehand; float integers [rows, columns]."""
     order = torch.argsort(h.diagonal(), descending=True)
     w, s, h = weight[:, order].clone(), scales[:, order], h[order][:, order]
+    low, high = (limit[:, order] for limit in limits)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h.double()))
     factor = torch.linalg.cholesky(inverse, upper=True).float()
     q = torch.empty_like(w)
@@ -54,7 +77,7 @@ def _round_in_order(weight: Tensor, h: Tensor, scales: Tensor, low: int, high: i
         end = min(start + _BLOCK, w.shape[1])
         errors = torch.empty(w.shape[0], end - start, device=w.device)
         for j in range(start, end):
-            q[:, j] = (w[:, j] / s[:, j]).round().clamp(low, high)
+            q[:, j] = (w[:, j] / s[:, j]).round().clamp(low[:, j], high[:, j])
             error = (w[:, j] - q[:, j] * s[:, j]) / factor[j, j]
             w[:, j + 1 : end] -= error[:, None] * factor[j, j + 1 : end]
             errors[:, j - start] = error
@@ -82,13 +105,14 @@ def _refit(weight: Tensor, q: Tensor, scales: Tensor, h: Tensor, index: Tensor, 
     return scales
 
 
-def _descend(weight: Tensor, q: Tensor, scales: Tensor, h: Tensor, low: int, high: int) -> Tensor:
+def _descend(weight: Tensor, q: Tensor, scales: Tensor, h: Tensor, limits: Limits) -> Tensor:
     """One sweep over the columns: each is set to its best integers given all others."""
     q = q.clone()
+    low, high = limits
     gradient = (weight - q * scales) @ h
     diagonal = h.diagonal()
     for j in torch.argsort(diagonal, descending=True).tolist():
-        best = (q[:, j] + gradient[:, j] / (diagonal[j] * scales[:, j])).round().clamp(low, high)
+        best = (q[:, j] + gradient[:, j] / (diagonal[j] * scales[:, j])).round().clamp(low[:, j], high[:, j])
         change = (best - q[:, j]) * scales[:, j]
         gradient.addr_(change, h[j], alpha=-1.0)
         q[:, j] = best

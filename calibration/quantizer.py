@@ -34,6 +34,7 @@ def quantize_model(
     stats: Statistics | None = None,
     *,
     dtype: str = "fp32",
+    blocks: bool = False,
     device: str = "cpu",
     progress: Progress = silent,
 ) -> QuantizedModel:
@@ -44,6 +45,7 @@ def quantize_model(
         recipe: its name, file or content.
         stats: of a calibration of this checkpoint; needed by most recipes.
         dtype: of the bundle: float16 scales, or bfloat16 ones for ``bf16``.
+        blocks: the target's weight-only products go by blocks, with zero points: see :meth:`Recipe.by_blocks`.
         device: of torch, for recipes that run the model.
         progress: gets told what is being done.
 
@@ -51,6 +53,7 @@ def quantize_model(
         UsageError: the recipe needs statistics and there are none, or they belong to another checkpoint.
     """
     recipe = load_recipe(recipe)
+    recipe = recipe.by_blocks() if blocks else recipe
     needs = recipe.needs_calibration
     if needs and stats is None:
         raise UsageError(f"the recipe {recipe.name} needs calibration data, for {needs}", CALIBRATE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -42,41 +44,95 @@ def store_scales(scales: Tensor, dtype: str) -> Tensor:
     return scales.float().clamp(min=smallest).to(stored).float()
 
 
-def choose_scales(
-    weight: Tensor, scheme: Weights, dtype: str = "fp32", importance: Tensor | None = None
-) -> tuple[Tensor, int]:
-    """Scales of an integer matrix.
+@dataclass
+class Grid:
+    """Where the values of a matrix may lie.
+
+    Attributes:
+        scales: float32 [rows, groups].
+        zeros: float integers [rows, groups], the zero points; None for a grid around zero.
+        group: columns that share them.
+        low, high: least and largest stored integer.
+    """
+
+    scales: Tensor
+    zeros: Tensor | None
+    group: int
+    low: int
+    high: int
+
+    def limits(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Least and largest integers relative to the zero points, float32 [rows, columns]."""
+        zeros = torch.zeros_like(self.scales) if self.zeros is None else self.zeros
+        return tuple(spread(bound - zeros, self.group, columns) for bound in (self.low, self.high))  # type: ignore[return-value]
+
+    def matrix(self, kind: Kind, q: Tensor, scales: Tensor | None = None) -> Matrix:
+        """Integers relative to the zero points → the matrix, with other scales if there are any."""
+        zeros = None if self.zeros is None else self.zeros.to(torch.int8)
+        return Matrix(kind, q.to(torch.int8), self.scales if scales is None else scales, self.group, zeros)
+
+
+def spread(groups: Tensor, group: int, columns: int) -> Tensor:
+    """[rows, groups] → [rows, columns]."""
+    return groups.repeat_interleave(group, 1)[:, :columns]
+
+
+def choose_grid(weight: Tensor, scheme: Weights, dtype: str = "fp32", importance: Tensor | None = None) -> Grid:
+    """Scales, and zero points where the scheme has them, of an integer matrix.
 
     Args:
         weight: float32 [rows, columns].
         scheme: type, group, and how scales are chosen.
         dtype: of the graph.
         importance: [columns], weight of a column's squared error in the search; all alike when None.
-
-    Returns:
-        float32 [rows, groups] and the group's width.
     """
     kind: Kind = scheme.type  # type: ignore[assignment]
     group = group_of(scheme, weight.shape[1])
     grouped = to_groups(weight.float(), group)
-    peak = grouped.abs().amax(-1)
-    if kind == "fp8":
-        return store_scales(peak / FP8_MAX, dtype), group
     low, high = LOW_HIGH[kind]
     # The grid of int4 is not symmetric: a row whose largest value is negative may use all of it.
-    scales = torch.maximum(grouped.amax(-1) / high, grouped.amin(-1) / low)
+    most, least = grouped.amax(-1), grouped.amin(-1)
+    scales = torch.maximum(most / high, least / low)
     scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    if scheme.scales == "max":
-        return store_scales(scales, dtype), group
+    around = Grid(store_scales(scales, dtype), None, group, low, high)
+    shrink = _SHRINK if kind == "int4" else _SHRINK[:12]
     cost = None if importance is None else to_groups(importance[None].float(), group)
-    best, least = store_scales(scales, dtype), torch.full_like(scales, torch.inf)
-    for shrink in _SHRINK if kind == "int4" else _SHRINK[:12]:
-        tried = store_scales(scales * shrink, dtype)
-        error = (grouped / tried[..., None]).round_().clamp_(low, high).mul_(tried[..., None]).sub_(grouped).square_()
+    if scheme.scales == "mse":
+        _search(around, grouped, cost, scales, None, shrink, dtype)
+    if not (scheme.zeros and kind == "int4"):
+        return around
+    width = (most.clamp(min=0) - least.clamp(max=0)) / (high - low)
+    width = torch.where(width > 0, width, torch.ones_like(width))
+    shifted = Grid(store_scales(width, dtype), torch.zeros_like(width), group, low, high)
+    _search(shifted, grouped, cost, width, least.clamp(max=0), shrink if scheme.scales == "mse" else [1.0], dtype)
+    return shifted
+
+
+def _search(
+    grid: Grid,
+    grouped: Tensor,
+    cost: Tensor | None,
+    widest: Tensor,
+    least: Tensor | None,
+    shrink: list[float],
+    dtype: str,
+) -> None:
+    """Put the scales (and, for least values given, zero points) of least squared error into the grid."""
+    best = torch.full_like(widest, torch.inf)
+    for share in shrink:
+        tried = store_scales(widest * share, dtype)
+        zeros = None if least is None else (grid.low - least * share / tried).round().clamp(grid.low, grid.high)
+        shift = torch.zeros_like(tried) if zeros is None else zeros
+        q = (grouped / tried[..., None]).round_()
+        q = q.clamp_((grid.low - shift)[..., None], (grid.high - shift)[..., None])
+        error = q.mul_(tried[..., None]).sub_(grouped).square_()
         total = (error if cost is None else error * cost).sum(-1)
-        better = total < least
-        best, least = torch.where(better, tried, best), torch.where(better, total, least)
-    return best, group
+        better = total < best
+        best = torch.where(better, total, best)
+        grid.scales = torch.where(better, tried, grid.scales)
+        if zeros is not None:
+            assert grid.zeros is not None
+            grid.zeros = torch.where(better, zeros, grid.zeros)
 
 
 def round_to_nearest(
@@ -88,19 +144,27 @@ def round_to_nearest(
         weight: [rows, columns].
         scheme: of the recipe.
         dtype: of the graph, for the type of the scales.
-        importance: see :func:`choose_scales`.
+        importance: see :func:`choose_grid`.
         rows: worked on at a time, so that a vocabulary's matrix takes little memory.
     """
     pieces = [_round_rows(part, scheme, dtype, importance) for part in weight.split(rows)]
-    values, scales = torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
-    return Matrix(scheme.type, values, scales, group_of(scheme, weight.shape[1]))  # type: ignore[arg-type]
+    zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
+    return Matrix(
+        pieces[0].kind,
+        torch.cat([piece.values for piece in pieces]),
+        torch.cat([piece.scales for piece in pieces]),
+        pieces[0].group,
+        torch.cat(zeros) if zeros else None,
+    )
 
 
-def _round_rows(weight: Tensor, scheme: Weights, dtype: str, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    weight = weight.float()
-    scales, group = choose_scales(weight, scheme, dtype, importance)
-    spread = scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
+def _round_rows(weight: Tensor, scheme: Weights, dtype: str, importance: Tensor | None) -> Matrix:
+    weight, columns = weight.float(), weight.shape[1]
     if scheme.type == "fp8":
-        return (weight / spread).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
-    low, high = LOW_HIGH[scheme.type]  # type: ignore[index]
-    return (weight / spread).round_().clamp_(low, high).to(torch.int8), scales
+        group = group_of(scheme, columns)
+        scales = store_scales(to_groups(weight, group).abs().amax(-1) / FP8_MAX, dtype)
+        values = (weight / spread(scales, group, columns)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        return Matrix("fp8", values, scales, group)
+    grid = choose_grid(weight, scheme, dtype, importance)
+    q = (weight / spread(grid.scales, grid.group, columns)).round_().clamp_(*grid.limits(columns))
+    return grid.matrix(scheme.type, q)  # type: ignore[arg-type]

@@ -17,18 +17,18 @@ from mamba_export.states import state_table
 
 from .gptq import gptq, output_error
 from .observers import INT8_MAX, Observer, clip_value
-from .promotion import promote
-from .quantizer import load_weight, set_embedding
+from .promotion import WIDE, Candidate, promote
+from .quantizer import linear_names, load_weight, set_embedding
 from .recipes import Layer, Recipe
 from .rotation import block_size, rotate
 from .rounding import round_to_nearest
 from .scans import fast_scans
+from .sensitivity import Sensitivity, measure_sensitivity
 from .simulation import SimulatedLinear
 from .statistics import Statistics
 from .tuning import tune
 
 _TOKENS = 2048
-_EQUALIZED = ("in_proj", "out_proj")
 _ORDER = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2")
 
 
@@ -63,105 +63,131 @@ def quantize_blocks(
     checkpoint: Checkpoint, recipe: Recipe, stats: Statistics, dtype: str, device: str, progress: Progress = silent
 ) -> QuantizedModel:
     """Carry out a recipe that needs calibration; see :func:`~.quantizer.quantize_model`."""
-    quantized = QuantizedModel()
-    model = load_model(checkpoint, dtype, "fp32").to(device)
+    run = _Run(checkpoint, recipe, stats, dtype)
+    with torch.inference_mode(False):  # tensors made under it have no gradients
+        model = load_model(checkpoint, dtype, "fp32").to(device)
+        if run.two_sided:
+            run.sensitivities = measure_sensitivity(model, stats.ids, progress)
     with torch.inference_mode(), fast_scans(), progress.stage("quantize", total=len(model.backbone.layers) + 1) as tick:
-        _head(checkpoint, model, recipe, stats, quantized, dtype)
+        run.head(model)
         stream = Stream(model, stats.ids, device)
         for i, block in enumerate(model.backbone.layers):
             assert isinstance(block, Block)
             for kind in _ORDER:
                 part = block.mixer if kind.endswith("proj") else block.mlp
                 if part is not None and hasattr(part, kind):
-                    _quantize_layer(checkpoint, stream, block, i, part, kind, recipe, stats, quantized, dtype)
+                    run.layer(stream, block, i, part, kind)
             stream.advance(block, i)
             tick(1)
+    quantized = run.quantized
     if recipe.promote.bits:
-        quantized.promoted = promote(checkpoint, quantized, stats, recipe.promote, dtype, device, progress)
+        quantized.promoted = promote(quantized, run.candidates, recipe.promote)
     if recipe.tune.steps:
         tune(checkpoint, quantized, stats.ids, recipe.tune, dtype, device, progress)
     return quantized
 
 
-def _head(
-    checkpoint: Checkpoint, model: MambaLM, recipe: Recipe, stats: Statistics, quantized: QuantizedModel, dtype: str
-) -> None:
-    """The head first, so that a tied embedding is what the blocks see."""
-    if recipe.head.type != "float":
-        source = EMBEDDING if checkpoint.spec.tie_embeddings else HEAD
-        importance = (stats.inputs["lm_head"].squares / stats.inputs["lm_head"].tokens).float()
-        weight = load_weight(checkpoint, source)
-        quantized.linears[HEAD] = Linear(round_to_nearest(weight, recipe.head, dtype, importance))
-    set_embedding(checkpoint, recipe, quantized, dtype)
-    if quantized.embedding is not None:
-        table = model.get_parameter(EMBEDDING)
-        table.data = quantized.embedding.dequantize().to(table)
+class _Run:
+    """One quantization: what it works from, and what it has found so far."""
 
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, stats: Statistics, dtype: str) -> None:
+        self.checkpoint, self.recipe, self.stats, self.dtype = checkpoint, recipe, stats, dtype
+        self.quantized = QuantizedModel()
+        self.sensitivities: dict[str, Sensitivity] = {}
+        self.candidates: dict[str, Candidate] = {}
 
-def _quantize_layer(
-    checkpoint: Checkpoint,
-    stream: Stream,
-    block: Block,
-    index: int,
-    part: nn.Module,
-    kind: str,
-    recipe: Recipe,
-    stats: Statistics,
-    quantized: QuantizedModel,
-    dtype: str,
-) -> None:
-    path = f"backbone.layers.{index}.{'mixer' if part is block.mixer else 'mlp'}.{kind}"
-    how = recipe.layer(path)
-    if how.weights.type == "float" and how.inputs.type == "float":
-        return
-    module = getattr(part, kind)
-    weight = load_weight(checkpoint, f"{path}.weight").to(module.weight.device).float()
-    linear = Linear(Matrix("int8", weight, weight, 0))  # the matrix follows
-    linear.rotation = block_size(weight.shape[1], how.rotate)
-    linear.smooth = _smoothing(weight, how, stats, path)
-    watched = _Watch(weight.shape[1], weight.device, how.weights.method == "gptq", linear)
-    if how.inputs.type != "float" or watched.hessian is not None:
-        _capture(stream, block, index, part, kind, watched)
-    if how.inputs.type == "float" and how.smooth and watched.hessian is not None and not linear.rotation:
-        linear.smooth = _equalizing(weight, watched.hessian, how, dtype) if kind in _EQUALIZED else None
+    @property
+    def two_sided(self) -> bool:
+        names = (name.removesuffix(".weight") for name in linear_names(self.checkpoint))
+        return bool(self.recipe.promote.bits) or any(self.recipe.layer(n).weights.method == "yaqa" for n in names)
+
+    def head(self, model: MambaLM) -> None:
+        """The head first, so that a tied embedding is what the blocks see."""
+        quantized, head = self.quantized, self.recipe.head
+        if head.type != "float":
+            source = EMBEDDING if self.checkpoint.spec.tie_embeddings else HEAD
+            seen = self.stats.inputs["lm_head"]
+            weight = load_weight(self.checkpoint, source)
+            importance = (seen.squares / seen.tokens).float()
+            quantized.linears[HEAD] = Linear(round_to_nearest(weight, head, self.dtype, importance))
+        set_embedding(self.checkpoint, self.recipe, quantized, self.dtype)
+        if quantized.embedding is not None:
+            table = model.get_parameter(EMBEDDING)
+            table.data = quantized.embedding.dequantize().to(table)
+
+    def layer(self, stream: Stream, block: Block, index: int, part: nn.Module, kind: str) -> None:
+        """Quantize one linear layer, and put its simulation in its place."""
+        path = f"backbone.layers.{index}.{'mixer' if part is block.mixer else 'mlp'}.{kind}"
+        how, side = self.recipe.layer(path), self.sensitivities.pop(path, None)
+        if how.weights.type == "float" and how.inputs.type == "float":
+            return
+        module = getattr(part, kind)
+        weight = load_weight(self.checkpoint, f"{path}.weight").to(module.weight.device).float()
+        linear = Linear(Matrix("int8", weight, weight, 0))  # the matrix follows
+        linear.rotation = block_size(weight.shape[1], how.rotate)
+        linear.smooth = _smoothing(weight, how, self.stats, path)
+        watched = _Watch(weight.shape[1], weight.device, how.weights.method != "rtn", linear, side)
+        if how.inputs.type != "float" or watched.hessian is not None:
+            _capture(stream, block, index, part, kind, watched)
+        if how.inputs.type == "float" and how.smooth and watched.hessian is not None and not linear.rotation:
+            if _norm_before(block, kind):  # elsewhere it would cost a multiplication
+                linear.smooth = _equalizing(weight, watched.hessian, how, self.dtype)
+            if linear.smooth is not None:
+                watched.hessian *= linear.smooth[:, None] * linear.smooth
         if linear.smooth is not None:
-            watched.hessian *= linear.smooth[:, None] * linear.smooth
-    smooth = linear.smooth
-    if smooth is not None:
-        weight = weight / smooth
-        quantized.divided[f"{path}.weight"] = smooth.cpu()
-        _fold(block, index, kind, linear, quantized)
-    weight = rotate(weight, linear.rotation)
-    if how.inputs.type != "float":
-        limit = INT8_MAX if how.inputs.type == "int8" else FP8_MAX
-        clip = clip_value(watched.observer, how.inputs)
-        linear.input = InputQuantization(how.inputs.type, max(clip, 1e-6) / limit)  # type: ignore[arg-type]
-    if how.weights.method == "gptq" and how.weights.type in ("int4", "int8"):
-        assert watched.hessian is not None
-        linear.weight = gptq(weight, watched.hessian, how.weights, dtype)
-    elif how.weights.type != "float":
+            weight = weight / linear.smooth
+            self.quantized.divided[f"{path}.weight"] = linear.smooth.cpu()
+            _fold(block, index, kind, linear, self.quantized)
+        weight = rotate(weight, linear.rotation)
+        if how.inputs.type != "float":
+            limit = INT8_MAX if how.inputs.type == "int8" else FP8_MAX
+            clip = clip_value(watched.observer, how.inputs)
+            linear.input = InputQuantization(how.inputs.type, max(clip, 1e-6) / limit)  # type: ignore[arg-type]
+        if how.weights.type == "float":
+            return
+        linear.weight = self._round(weight, how, watched, side)
+        self._consider(path, weight, linear.weight, how, watched, side)
+        new = SimulatedLinear(linear, getattr(module, "bias", None), module.weight.dtype, module.weight.device)
+        setattr(part, kind, new)
+        linear.weight = linear.weight.cpu()
+        linear.smooth = None if linear.smooth is None else linear.smooth.cpu()
+        self.quantized.linears[f"{path}.weight"] = linear
+
+    def _round(self, weight: Tensor, how: Layer, watched: _Watch, side: Sensitivity | None) -> Matrix:
+        if watched.hessian is not None and how.weights.type in ("int4", "int8"):
+            blocks = side.blocks if side is not None and side.scale and how.weights.method == "yaqa" else []
+            return gptq(weight, watched.hessian, how.weights, self.dtype, outputs=blocks)
         importance = watched.observer.squares.float() if watched.observer.tokens else None
-        linear.weight = round_to_nearest(weight, how.weights, dtype, importance)
-    else:
-        return
-    new = SimulatedLinear(linear, getattr(module, "bias", None), module.weight.dtype, module.weight.device)
-    setattr(part, kind, new)
-    linear.weight.values, linear.weight.scales = linear.weight.values.cpu(), linear.weight.scales.cpu()
-    linear.smooth = None if linear.smooth is None else linear.smooth.cpu()
-    quantized.linears[f"{path}.weight"] = linear
+        return round_to_nearest(weight, how.weights, self.dtype, importance)
+
+    def _consider(
+        self, path: str, weight: Tensor, matrix: Matrix, how: Layer, watched: _Watch, side: Sensitivity | None
+    ) -> None:
+        """Keep what the matrix would be in int8, and what that would gain."""
+        if not self.recipe.promote.bits or matrix.kind != "int4" or side is None or watched.hessian is None:
+            return
+        wide = round_to_nearest(weight, self.recipe.fit(WIDE, how.inputs), self.dtype)
+        costs = [side.divergence(weight - m.dequantize(), watched.hessian) for m in (matrix, wide)]
+        self.candidates[f"{path}.weight"] = Candidate(wide.cpu(), costs[0] - costs[1])
+
+
+def _norm_before(block: Block, kind: str) -> tuple[str, nn.Module] | None:
+    """Name in the block and module of the norm that can multiply the layer's input, where there is one."""
+    if kind == "in_proj" and getattr(block.norm, "bias", None) is None:
+        return "norm", block.norm
+    norm = getattr(block.mixer, "norm", None)
+    if kind == "out_proj" and isinstance(norm, GatedRMSNorm) and not block.mixer.spec.d_mlp:  # type: ignore[union-attr]
+        return "mixer.norm", norm
+    return None
 
 
 def _fold(block: Block, index: int, kind: str, linear: Linear, quantized: QuantizedModel) -> None:
     """Let the norm before the layer do the multiplication, where there is one."""
-    place, norm = "norm", block.norm
-    if kind == "out_proj":
-        mixer = block.mixer
-        if not isinstance(getattr(mixer, "norm", None), GatedRMSNorm) or mixer.spec.d_mlp:  # type: ignore[union-attr]
-            return
-        place, norm = "mixer.norm", mixer.norm  # type: ignore[assignment]
-    elif kind != "in_proj" or getattr(norm, "bias", None) is not None:
+    found = _norm_before(block, kind)
+    if found is None:
         return
-    assert linear.smooth is not None
+    place, norm = found
+    assert linear.smooth is not None and isinstance(norm.weight, Tensor)
     norm.weight.data = norm.weight * linear.smooth
     quantized.floats[f"backbone.layers.{index}.{place}.weight"] = norm.weight.data.float().cpu()
     linear.smooth = None
@@ -195,8 +221,11 @@ def _smoothing(weight: Tensor, how: Layer, stats: Statistics, path: str) -> Tens
 class _Watch:
     """What the input of a layer looks like after smoothing and rotation."""
 
-    def __init__(self, columns: int, device: torch.device, hessian: bool, linear: Linear) -> None:
+    def __init__(
+        self, columns: int, device: torch.device, hessian: bool, linear: Linear, side: Sensitivity | None
+    ) -> None:
         self.observer = Observer(columns, device)
+        self.weights = None if side is None else side.tokens.to(device).flatten()
         self.hessian = torch.zeros(columns, columns, device=device) if hessian else None
         self.linear = linear
 
@@ -207,7 +236,11 @@ class _Watch:
         rows = rotate(rows, self.linear.rotation)
         self.observer.add(rows)
         if self.hessian is not None:
-            self.hessian.addmm_(rows.T, rows)
+            weighted = rows
+            if self.weights is not None:
+                first = self.observer.tokens - rows.shape[0]
+                weighted = rows * self.weights[first : first + rows.shape[0], None]
+            self.hessian.addmm_(weighted.T, rows)
 
 
 def _capture(stream: Stream, block: Block, index: int, part: nn.Module, kind: str, watched: _Watch) -> None:

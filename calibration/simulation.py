@@ -73,6 +73,7 @@ def simulate(
     stats: Statistics | None = None,
     *,
     dtype: str = "fp32",
+    blocks: bool = False,
     progress: Progress = silent,
 ) -> MambaLM:
     """The torch model (prefill, logits of all positions, float32 arithmetic) that computes what the bundle computes.
@@ -82,10 +83,11 @@ def simulate(
         recipe: a recipe, which is carried out first, or what carrying one out gave.
         stats: of a calibration, for recipes that need one.
         dtype: of the bundle's other weights.
+        blocks: as for :func:`~.quantizer.quantize_model`.
         progress: gets told what is being done.
     """
     if not isinstance(recipe, QuantizedModel):
         from .quantizer import quantize_model
 
-        recipe = quantize_model(checkpoint, recipe, stats, dtype=dtype, progress=progress)
+        recipe = quantize_model(checkpoint, recipe, stats, dtype=dtype, blocks=blocks, progress=progress)
     return apply(load_model(checkpoint, dtype, "fp32"), recipe)

@@ -38,10 +38,17 @@ class _Matrix(nn.Module):
     ``offset`` is where a weight stands relative to its integer, in steps: within half a step nothing changes.
     """
 
+    low: Tensor
+    high: Tensor
+
     def __init__(self, matrix: Matrix, original: Tensor | None, device: torch.device) -> None:
         super().__init__()
         self.kind, self.group, self.columns = matrix.kind, matrix.group, matrix.columns
-        self.low, self.high = LOW_HIGH[matrix.kind]
+        low, high = LOW_HIGH[matrix.kind]
+        self.zeros = None if matrix.zeros is None else matrix.zeros.to(device)
+        shift = 0 if self.zeros is None else self._spread(self.zeros)
+        self.register_buffer("low", torch.zeros_like(matrix.values, dtype=torch.float32, device=device) + low - shift)
+        self.register_buffer("high", self.low + (high - low))
         self.scales = nn.Parameter(matrix.scales.to(device).log())
         values = matrix.values.to(device).float()
         if original is not None:
@@ -60,7 +67,7 @@ class _Matrix(nn.Module):
     def matrix(self, dtype: str) -> Matrix:
         scales = store_scales(self.scales.detach().exp(), dtype).cpu()
         values = self.values.detach().clamp(self.low, self.high).round().to(torch.int8).cpu()
-        return Matrix(self.kind, values, scales, self.group)
+        return Matrix(self.kind, values, scales, self.group, None if self.zeros is None else self.zeros.cpu())
 
 
 class _Linear(nn.Module):

@@ -74,7 +74,8 @@ def quantize(
             raise UsageError(f"no {name} named '{value}'", f"one of: {', '.join(known)}")
     if state is not None and state not in STATES:
         raise UsageError(f"the state can't be '{state}'", f"one of: {', '.join(STATES)}")
-    get_target(target)
+    # ONNX Runtime multiplies by blocks, with zero points; TensorRT has blocks of int4 alone, without.
+    blocks = get_target(target).flavour != "portable"
     chosen = load_recipe(recipe)
     if state is not None:
         chosen = dataclasses.replace(chosen, state=state)
@@ -84,6 +85,6 @@ def quantize(
     with open_checkpoint(ckpt, format) as checkpoint:
         if checkpoint.tokenizer is not None:
             check_tokenizer(checkpoint.tokenizer, checkpoint.spec.padded_vocab_size)
-        model = quantize_model(checkpoint, chosen, stats, dtype=dtype, device=device, progress=progress)
+        model = quantize_model(checkpoint, chosen, stats, dtype=dtype, blocks=blocks, device=device, progress=progress)
         graphs = make_graphs(checkpoint, target, dtype, logits, ragged, progress, model)
         return write_graphs(checkpoint, graphs, Path(out), verify, force, progress)

@@ -21,21 +21,34 @@ FP8_MAX = 448.0
 """Largest value of float8 e4m3fn."""
 
 
+_WIDEST_BLOCK = 128
+
+
+def _block_for(columns: int) -> int:
+    """The block of a contrib op for a matrix with one scale a row: divides the columns if a power of two does."""
+    block = _WIDEST_BLOCK
+    while block > 16 and columns % block:
+        block //= 2
+    return block if columns % block == 0 else min(_WIDEST_BLOCK, max(16, 1 << (columns - 1).bit_length()))
+
+
 @dataclass
 class Matrix:
-    """A quantized [rows, columns] matrix: ``values * scales``, symmetric, without zero points.
+    """A quantized [rows, columns] matrix: ``values * scales``.
 
     Attributes:
         kind: ``int8`` (−127 … 127), ``int4`` (−8 … 7) or ``fp8`` (e4m3fn).
-        values: [rows, columns]; int8 also for ``int4``, float8_e4m3fn for ``fp8``.
+        values: [rows, columns], relative to the zero points; int8 also for ``int4``, float8_e4m3fn for ``fp8``.
         scales: float32 [rows, groups]; one group covers ``group`` columns, the last one perhaps fewer.
         group: columns that share a scale; all of them when it is not smaller than their number.
+        zeros: int8 [rows, groups], zero points: what is stored is ``values + zeros``; None where they are all zero.
     """
 
     kind: Kind
     values: Tensor
     scales: Tensor
     group: int
+    zeros: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -44,6 +57,26 @@ class Matrix:
     @property
     def groups(self) -> int:
         return int(self.scales.shape[1])
+
+    @property
+    def block(self) -> int:
+        """Columns that share a scale in ONNX Runtime's contrib ops, which know no scale for a whole row."""
+        return self.group if self.group < self.columns else _block_for(self.columns)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.columns // self.block)
+
+    @property
+    def bits(self) -> int:
+        """What it takes there, scales and padding included."""
+        width = 4 if self.kind == "int4" else 8
+        return len(self.values) * self.blocks * (width * self.block + 16 + (0 if self.zeros is None else 4))
+
+    def cpu(self) -> Matrix:
+        """The same in host memory."""
+        zeros = None if self.zeros is None else self.zeros.cpu()
+        return Matrix(self.kind, self.values.cpu(), self.scales.cpu(), self.group, zeros)
 
     def dequantize(self) -> Tensor:
         """float32 [rows, columns]."""

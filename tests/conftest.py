@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# Workers side by side have a core each; threads of theirs that wait for each other's cores take several times as long.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import mamba_export
 
 ROOT = Path(__file__).resolve().parents[1]

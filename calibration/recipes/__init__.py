@@ -7,7 +7,7 @@
     weights:                     # of every linear layer but the head
       type: int4                 # int4, int8, fp8, or float to leave them alone
       group: 128                 # input columns that share a scale: 32, 64, 128 or 256; or channel: one scale a row
-      method: gptq               # rtn (round to nearest) or gptq (needs calibration)
+      method: gptq               # rtn (round to nearest); calibrated: gptq, yaqa (rows make up for each other)
       scales: mse                # max (largest value), or mse (the scale with the least squared error)
     inputs:                      # of those linear layers; static, from calibration
       type: float                # float, int8 or fp8
@@ -40,22 +40,25 @@ WEIGHT_TYPES = ("float", "int4", "int8", "fp8")
 INPUT_TYPES = ("float", "int8", "fp8")
 STATE_TYPES = ("fp32", "fp16", "int8")
 GROUPS = (16, 32, 64, 128, 256)
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "gptq", "yaqa")
 SCALES = ("max", "mse")
 RANGES = ("max", "percentile", "mse")
 LAYERS = ("in_proj", "x_proj", "dt_proj", "out_proj", "fc1", "fc2")
 CHANNEL = 0
 """Value of ``group`` for one scale a row."""
+_BLOCK = 128  # columns that share a scale where a product by blocks stands for one by rows: 8.125 bits a value
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How a matrix is quantized. ``group`` 0 is one scale a row."""
+    """How a matrix is quantized. ``group`` 0 is one scale a row; ``zeros``: int4 groups have a zero point, which is the
+    target's to say."""
 
     type: str = "float"
     group: int = CHANNEL
     method: str = "rtn"
     scales: str = "max"
+    zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,14 @@ class Recipe:
     promote: Promote = Promote()
     tune: Tune = Tune()
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    blocks: bool = False
+
+    def by_blocks(self) -> Recipe:
+        """The recipe for a runtime whose weight-only products go by blocks and know zero points: int4 groups get one,
+        and int8 rows a scale every few columns."""
+        weights = dataclasses.replace(self.weights, zeros=True)
+        head, embedding = _finer(self.head), _finer(self.embedding)
+        return dataclasses.replace(self, blocks=True, weights=weights, head=head, embedding=embedding)
 
     def layer(self, name: str) -> Layer:
         """What holds for the linear layer ``backbone.layers.0.mixer.in_proj``; later patterns win."""
@@ -124,7 +135,11 @@ class Recipe:
                 found = dataclasses.replace(found, **{key: part})
         if kind == "dt_proj":  # its input is a slice of x_proj's output, a few values: it stays float
             found = dataclasses.replace(found, inputs=Inputs(), smooth=0.0, rotate=0)
-        return found
+        return dataclasses.replace(found, weights=self.fit(found.weights, found.inputs))
+
+    def fit(self, weights: Weights, inputs: Inputs) -> Weights:
+        """int8 weights as the runtime takes them beside such inputs."""
+        return _finer(weights) if self.blocks and inputs.type == "float" else weights
 
     @property
     def needs_calibration(self) -> str:
@@ -133,7 +148,7 @@ class Recipe:
         overrides += [self.layer(pattern.replace("*", "backbone.layers.0.mixer")) for pattern in self.layers]
         if any(layer.inputs.type != "float" for layer in overrides):
             return "static scales of the inputs"
-        if any(w.method == "gptq" for w in [self.embedding, self.head, *(layer.weights for layer in overrides)]):
+        if any(w.method != "rtn" for w in [self.embedding, self.head, *(layer.weights for layer in overrides)]):
             return "GPTQ"
         if self.promote.bits:
             return "the choice of int8 matrices"
@@ -144,6 +159,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return dataclasses.asdict(self)
+
+
+def _finer(weights: Weights) -> Weights:
+    fine = weights.type == "int8" and weights.group == CHANNEL
+    return dataclasses.replace(weights, group=_BLOCK) if fine else weights
 
 
 def names() -> list[str]:
@@ -266,7 +286,7 @@ class _Reader:
 
 
 def _build(name: str, data: dict[str, Any], path: Path) -> Recipe:
-    known = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "tied"))
+    known = tuple(f.name for f in dataclasses.fields(Recipe) if f.name not in ("name", "tied", "blocks"))
     reader = _Reader(path)
     reader.keys("the recipe", data, known)
     fields: dict[str, Any] = {"name": name}

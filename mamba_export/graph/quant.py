@@ -31,7 +31,6 @@ _TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TORCH_OF = {_FLOATS[name]: _TORCH[name] for name in _FLOATS}
 _STORED = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 _BITS = {"int8": 8, "int4": 4}
-_WIDEST_BLOCK = 128
 
 Fill = Callable[[], Tensor]
 
@@ -156,8 +155,7 @@ class QuantizePass(ir.passes.InPlacePass):
 
     def _blocks(self, op: Builder, matrix: Matrix, name: str) -> tuple[int, int, ir.Value]:
         """Block size, blocks a row, and the float32 or float16 scales [rows, blocks] of a contrib op."""
-        block = matrix.group if matrix.group < matrix.columns else _block_for(matrix.columns)
-        blocks = -(-matrix.columns // block)
+        block, blocks = matrix.block, matrix.blocks
         rows = matrix.values.shape[0]
         each = -(-blocks // matrix.groups)
         half = torch.bfloat16 if self.dtype == "bf16" else torch.float16
@@ -175,15 +173,29 @@ class QuantizePass(ir.passes.InPlacePass):
         blob = block * bits // 8
         shape = (rows, blocks, blob)
         q = self._initializer(f"{name}.q", ir.DataType.UINT8, shape, lambda: _pack_unsigned(matrix, block * blocks))
+        zeros = () if matrix.zeros is None else (self._zeros(matrix, name, blocks),)
         return op.contrib(
             "MatMulNBits",
-            *(x, q, scales),
+            *(x, q, scales, *zeros),
             K=matrix.columns,
             N=rows,
             bits=bits,
             block_size=block,
             accuracy_level=4,
         )[0]
+
+    def _zeros(self, matrix: Matrix, name: str, blocks: int) -> ir.Value:
+        """Zero points, two to a byte: uint8 [rows, ceil(blocks / 2)]."""
+        rows = matrix.values.shape[0]
+
+        def fill() -> Tensor:
+            assert matrix.zeros is not None
+            each = -(-blocks // matrix.groups)
+            zeros = matrix.zeros.repeat_interleave(each, 1)[:, :blocks].to(torch.int16) + 8
+            pairs = torch.nn.functional.pad(zeros, (0, blocks % 2)).to(torch.uint8).reshape(-1, 2)
+            return pairs[:, 0] | (pairs[:, 1] << 4)
+
+        return self._initializer(f"{name}.zero", ir.DataType.UINT8, (rows, -(-blocks // 2)), fill)
 
     def _lookup(self, node: ir.Node, index: int) -> None:
         table, matrix = node.inputs[0], self.model.embedding
@@ -232,14 +244,6 @@ class QuantizePass(ir.passes.InPlacePass):
         return self.graph.initializers[name]
 
 
-def _block_for(columns: int) -> int:
-    """The block of a contrib op for a matrix with one scale a row: divides the columns if a power of two does."""
-    block = _WIDEST_BLOCK
-    while block > 16 and columns % block:
-        block //= 2
-    return block if columns % block == 0 else min(_WIDEST_BLOCK, max(16, 1 << (columns - 1).bit_length()))
-
-
 def _zero(dtype: ir.DataType) -> ir.TensorProtocol:
     if dtype == ir.DataType.INT8:
         return ir.tensor(np.zeros((), np.int8))
@@ -271,6 +275,9 @@ def _pack_signed(matrix: Matrix) -> Tensor:
 def _pack_unsigned(matrix: Matrix, columns: int) -> Tensor:
     """The contrib ops' form: shifted to be unsigned; padding is zero, that is, half of the range."""
     values = _padded(matrix, columns).to(torch.int16)
+    if matrix.zeros is not None:
+        group = (torch.arange(columns) // matrix.group).clamp(max=matrix.groups - 1)
+        values = values + matrix.zeros[:, group]
     if matrix.kind == "int8":
         return _raw((values + 128).to(torch.uint8))
     nibbles = (values + 8).to(torch.uint8).reshape(-1, 2)

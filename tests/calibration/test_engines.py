@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
-from mamba_export.calibration.recipes import Promote, load_recipe
 
 from mamba_export.bundle import Bundle
 from mamba_export.engine import BuildOptions, Range, build_engines
@@ -37,8 +35,7 @@ CASES = [
 def test_a_quantized_bundle_builds(
     make_quantized: MakeQuantized, tmp_path: Path, recipe: str, state: str, sm: tuple[str, ...]
 ) -> None:
-    plain = dataclasses.replace(load_recipe(recipe), promote=Promote())
-    source = make_quantized(recipe=plain, target="tensorrt", dtype="fp16", state=state, logits="last", verify=False)
+    source = make_quantized(recipe=recipe, target="tensorrt", dtype="fp16", state=state, logits="last", verify=False)
     shutil.copytree(source, tmp_path / "bundle")
     options = BuildOptions(runtime="tensorrt-rtx", sm=sm, seq=Range(1, 64, 512))
     result = build_engines(Bundle(tmp_path / "bundle", check=False), options)
