@@ -54,14 +54,10 @@ def gptq(
         scales = _refit(weight, q, scales, h, index, dtype)
         q = _descend(weight, q, scales[:, index], h, limits)
     if outputs:
-        parts, start = [], 0
-        for block in outputs:
-            rows = slice(start, start + len(block))
-            start += len(block)
-            own = (limits[0][rows], limits[1][rows])
-            store = partial(store_scales, dtype=dtype)
-            parts.append(two_sided(weight[rows], scales[rows], grid.group, block, h, own, store, sweeps))
-        q, scales = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        store, sizes = partial(store_scales, dtype=dtype), [len(block) for block in outputs]
+        rows = zip(outputs, *(m.split(sizes) for m in (weight, scales, *limits)), strict=True)
+        parts = [two_sided(w, s, grid.group, g, h, (low, high), store, sweeps) for g, w, s, low, high in rows]
+        q, scales = map(torch.cat, zip(*parts, strict=True))
     return grid.matrix(scheme.type, q, scales)  # type: ignore[arg-type]
 
 

@@ -90,39 +90,30 @@ def choose_grid(weight: Tensor, scheme: Weights, dtype: str = "fp32", importance
     group = group_of(scheme, weight.shape[1])
     grouped = to_groups(weight.float(), group)
     low, high = LOW_HIGH[kind]
-    # The grid of int4 is not symmetric: a row whose largest value is negative may use all of it.
     most, least = grouped.amax(-1), grouped.amin(-1)
-    scales = torch.maximum(most / high, least / low)
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
-    around = Grid(store_scales(scales, dtype), None, group, low, high)
-    shrink = _SHRINK if kind == "int4" else _SHRINK[:12]
     cost = None if importance is None else to_groups(importance[None].float(), group)
-    if scheme.scales == "mse":
-        _search(around, grouped, cost, scales, None, shrink, dtype)
-    if not (scheme.zeros and kind == "int4"):
-        return around
-    width = (most.clamp(min=0) - least.clamp(max=0)) / (high - low)
-    width = torch.where(width > 0, width, torch.ones_like(width))
-    shifted = Grid(store_scales(width, dtype), torch.zeros_like(width), group, low, high)
-    _search(shifted, grouped, cost, width, least.clamp(max=0), shrink if scheme.scales == "mse" else [1.0], dtype)
-    return shifted
+    shrink = [1.0] if scheme.scales == "max" else _SHRINK if kind == "int4" else _SHRINK[:12]
+    if scheme.zeros and kind == "int4":
+        least = least.clamp(max=0)
+        scales = (most.clamp(min=0) - least) / (high - low)
+        grid = Grid(scales, torch.zeros_like(scales), group, low, high)
+    else:
+        # The grid of int4 is not symmetric: a row whose largest value is negative may use all of it.
+        grid = Grid(torch.maximum(most / high, least / low), None, group, low, high)
+    _search(grid, grouped, cost, least, shrink, dtype)
+    return grid
 
 
-def _search(
-    grid: Grid,
-    grouped: Tensor,
-    cost: Tensor | None,
-    widest: Tensor,
-    least: Tensor | None,
-    shrink: list[float],
-    dtype: str,
-) -> None:
-    """Put the scales (and, for least values given, zero points) of least squared error into the grid."""
+def _search(grid: Grid, grouped: Tensor, cost: Tensor | None, least: Tensor, shrink: list[float], dtype: str) -> None:
+    """From a grid that just covers the values to the one of least squared error; its zero points cover ``least``."""
+    widest = torch.where(grid.scales > 0, grid.scales, torch.ones_like(grid.scales))
+    grid.scales = store_scales(widest, dtype)
     best = torch.full_like(widest, torch.inf)
     for share in shrink:
         tried = store_scales(widest * share, dtype)
-        zeros = None if least is None else (grid.low - least * share / tried).round().clamp(grid.low, grid.high)
-        shift = torch.zeros_like(tried) if zeros is None else zeros
+        shift = torch.zeros_like(tried)
+        if grid.zeros is not None:
+            shift = (grid.low - least * share / tried).round().clamp(grid.low, grid.high)
         q = (grouped / tried[..., None]).round_()
         q = q.clamp_((grid.low - shift)[..., None], (grid.high - shift)[..., None])
         error = q.mul_(tried[..., None]).sub_(grouped).square_()
@@ -130,9 +121,8 @@ def _search(
         better = total < best
         best = torch.where(better, total, best)
         grid.scales = torch.where(better, tried, grid.scales)
-        if zeros is not None:
-            assert grid.zeros is not None
-            grid.zeros = torch.where(better, zeros, grid.zeros)
+        if grid.zeros is not None:
+            grid.zeros = torch.where(better, shift, grid.zeros)
 
 
 def round_to_nearest(

@@ -42,12 +42,9 @@ class Sensitivity:
 
     def divergence(self, error: Tensor, hessian: Tensor) -> float:
         """What an error [rows, columns] costs, in nats a token; ``hessian`` [columns, columns] weighted as above."""
-        total, start = 0.0, 0
-        for block in self.blocks:
-            part = error[start : start + len(block)]
-            total += float(((block.to(part) @ part @ hessian) * part).sum())
-            start += len(block)
-        return self.scale * total
+        parts = error.split([len(block) for block in self.blocks])
+        pairs = zip(self.blocks, parts, strict=True)
+        return self.scale * sum(float(((g.to(part) @ part @ hessian) * part).sum()) for g, part in pairs)
 
 
 class _Sums:
@@ -67,11 +64,9 @@ class _Sums:
         self.trace += float((squares * weights).sum())
         flat = g.flatten(0, 1)
         scaled = flat * squares.flatten()[:, None]
-        start = 0
-        for block in self.blocks:
-            piece = slice(start, start + len(block))
-            block.addmm_(scaled[:, piece].T, flat[:, piece])
-            start += len(block)
+        sizes = [len(block) for block in self.blocks]
+        for block, left, right in zip(self.blocks, scaled.split(sizes, 1), flat.split(sizes, 1), strict=True):
+            block.addmm_(left.T, right)
 
     def result(self) -> Sensitivity:
         tokens = torch.cat(self.tokens)

@@ -66,7 +66,7 @@ def quantize_blocks(
     run = _Run(checkpoint, recipe, stats, dtype)
     with torch.inference_mode(False):  # tensors made under it have no gradients
         model = load_model(checkpoint, dtype, "fp32").to(device)
-        if run.two_sided:
+        if run.needs_sensitivity:
             run.sensitivities = measure_sensitivity(model, stats.ids, progress)
     with torch.inference_mode(), fast_scans(), progress.stage("quantize", total=len(model.backbone.layers) + 1) as tick:
         run.head(model)
@@ -97,7 +97,7 @@ class _Run:
         self.candidates: dict[str, Candidate] = {}
 
     @property
-    def two_sided(self) -> bool:
+    def needs_sensitivity(self) -> bool:
         names = (name.removesuffix(".weight") for name in linear_names(self.checkpoint))
         return bool(self.recipe.promote.bits) or any(self.recipe.layer(n).weights.method == "yaqa" for n in names)
 

@@ -25,7 +25,7 @@ from mamba_export.states import state_table
 from .quantizer import load_weight
 from .recipes import Tune
 from .rotation import rotate
-from .rounding import LOW_HIGH, store_scales
+from .rounding import LOW_HIGH, spread, store_scales
 from .scans import fast_scans
 from .simulation import SimulatedLinear, apply
 
@@ -57,7 +57,7 @@ class _Matrix(nn.Module):
         self.values = nn.Parameter(values, requires_grad=original is not None)
 
     def _spread(self, scales: Tensor) -> Tensor:
-        return scales.repeat_interleave(self.group, 1)[:, : self.columns]
+        return spread(scales, self.group, self.columns)
 
     def forward(self) -> Tensor:
         clamped = self.values.clamp(self.low, self.high)

@@ -157,11 +157,10 @@ class QuantizePass(ir.passes.InPlacePass):
         """Block size, blocks a row, and the float32 or float16 scales [rows, blocks] of a contrib op."""
         block, blocks = matrix.block, matrix.blocks
         rows = matrix.values.shape[0]
-        each = -(-blocks // matrix.groups)
         half = torch.bfloat16 if self.dtype == "bf16" else torch.float16
 
         def fill() -> Tensor:
-            return matrix.scales.repeat_interleave(each, 1)[:, :blocks].to(half)
+            return _by_block(matrix, matrix.scales).to(half)
 
         stored = ir.DataType.BFLOAT16 if self.dtype == "bf16" else ir.DataType.FLOAT16
         scales = self._initializer(f"{name}.scale", stored, (rows, blocks), lambda: _raw(fill()))
@@ -190,8 +189,7 @@ class QuantizePass(ir.passes.InPlacePass):
 
         def fill() -> Tensor:
             assert matrix.zeros is not None
-            each = -(-blocks // matrix.groups)
-            zeros = matrix.zeros.repeat_interleave(each, 1)[:, :blocks].to(torch.int16) + 8
+            zeros = _by_block(matrix, matrix.zeros).to(torch.int16) + 8
             pairs = torch.nn.functional.pad(zeros, (0, blocks % 2)).to(torch.uint8).reshape(-1, 2)
             return pairs[:, 0] | (pairs[:, 1] << 4)
 
@@ -244,6 +242,11 @@ class QuantizePass(ir.passes.InPlacePass):
         return self.graph.initializers[name]
 
 
+def _by_block(matrix: Matrix, groups: Tensor) -> Tensor:
+    """What groups have [rows, groups] for the blocks of a contrib op [rows, blocks]."""
+    return groups.repeat_interleave(-(-matrix.blocks // matrix.groups), 1)[:, : matrix.blocks]
+
+
 def _zero(dtype: ir.DataType) -> ir.TensorProtocol:
     if dtype == ir.DataType.INT8:
         return ir.tensor(np.zeros((), np.int8))
@@ -276,8 +279,7 @@ def _pack_unsigned(matrix: Matrix, columns: int) -> Tensor:
     """The contrib ops' form: shifted to be unsigned; padding is zero, that is, half of the range."""
     values = _padded(matrix, columns).to(torch.int16)
     if matrix.zeros is not None:
-        group = (torch.arange(columns) // matrix.group).clamp(max=matrix.groups - 1)
-        values = values + matrix.zeros[:, group]
+        values = values + _by_block(matrix, matrix.zeros).repeat_interleave(matrix.block, 1)
     if matrix.kind == "int8":
         return _raw((values + 128).to(torch.uint8))
     nibbles = (values + 8).to(torch.uint8).reshape(-1, 2)
