@@ -8,24 +8,14 @@ namespace {
 
 using namespace chain;
 
-int capability() {
-  static const int major = [] {
-    int device = 0, value = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device);
-    return value;
-  }();
-  return major;
-}
-
 template <typename... P, typename... A>
-bool start(void (*kernel)(P...), dim3 grid, size_t shared, cudaStream_t stream, const A&... arguments) {
+bool start(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStream_t stream, const A&... arguments) {
   cudaLaunchConfig_t config{};
-  config.gridDim = grid, config.blockDim = dim3(kBlock), config.dynamicSmemBytes = shared, config.stream = stream;
+  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap, config.numAttrs = capability() >= 9;
+  config.attrs = &overlap, config.numAttrs = compute_major() >= 9;
   return cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess;
 }
 
@@ -33,60 +23,109 @@ int x_rows_of(const Params& p) {
   return p.family == 1 ? p.dt_rank + 2 * p.d_state : 2 * p.ngroups * p.d_state + p.nheads;
 }
 
-Buffers buffers_of(const Params& p) {
-  Buffers s;
-  s.hidden = static_cast<float*>(p.workspace);
-  s.u = s.hidden + int64_t(p.batch) * p.d_model;
-  s.z = s.u + int64_t(p.batch) * p.d_inner;
-  s.y = s.z + int64_t(p.batch) * p.d_inner;
-  s.x = s.y + int64_t(p.batch) * p.d_inner;
-  return s;
+// Every vector begins at 16 bytes; returns the floats of all.
+int64_t place_buffers(const Params& p, Buffers& s) {
+  int64_t at = 0;
+  auto take = [&](float*& to, int width) {
+    to = static_cast<float*>(p.workspace) + at;
+    at += (int64_t(p.batch) * width + 3) / 4 * 4;
+  };
+  take(s.hidden, p.d_model), take(s.u, p.d_inner), take(s.z, p.d_inner), take(s.y, p.d_inner), take(s.x, x_rows_of(p));
+  return at;
 }
 
 // Whether rows may be read 16 bytes at a time.
-bool vectorizes(const void* w, int width) { return width % 8 == 0 && aligned(w, 16); }
+template <typename T> bool vectorizes(const void* w, int width) { return width * sizeof(T) % 16 == 0 && aligned(w, 16); }
 
-// Vectors of more than 48 KB need a permission.
-template <typename T> bool allow_shared(size_t bytes) {
-  bool ok = true;
-  for (auto kernel : {reinterpret_cast<const void*>(in1_kernel<T>), reinterpret_cast<const void*>(in2_kernel<T>),
-                      reinterpret_cast<const void*>(out_kernel<T>), reinterpret_cast<const void*>(head_kernel<T>)}) {
-    if (bytes > 48 << 10) ok &= cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) == cudaSuccess;
+// A product's launch: a block to a multiprocessor, or more where one would have too many rows.
+struct Launch {
+  dim3 grid;
+  size_t shared;
+};
+template <typename T, int kDepth> Launch product_launch(int units, int width, int batch) {
+  constexpr int kMostUnits = 1024;
+  int blocks = sm_count();
+  if (ceil_div(units, blocks) > kMostUnits) blocks = ceil_div(units, kMostUnits);
+  if (blocks > units) blocks = units;
+  return {dim3(blocks, batch), Product<T, kDepth>::bytes(width, ceil_div(units, blocks))};
+}
+
+// Kernels that run beside each other must agree on how a multiprocessor divides its memory: all of it for blocks.
+template <typename F> bool allow_shared(F kernel, size_t bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) ==
+             cudaSuccess &&
+         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) == cudaSuccess;
+}
+
+template <typename T, int kFamily, int kIn, int kOut> struct Chain {
+  Launch in, out, head;
+
+  explicit Chain(const Params& p) {
+    const int further = kFamily == 1 ? 0 : ceil_div(x_rows_of(p), 2);
+    in = product_launch<T, kIn>(p.d_inner + further, p.d_model, p.batch);
+    out = product_launch<T, kOut>(ceil_div(p.d_model, 2), p.d_inner, p.batch);
+    head = product_launch<T, kIn>(ceil_div(p.vocab_size, 2), p.d_model, p.batch);
   }
-  return ok;
+  bool fits() const {
+    const size_t most = max_shared_bytes();
+    return in.shared <= most && out.shared <= most && head.shared <= most;
+  }
+
+  int launch(const Params& p, cudaStream_t stream) {
+    Buffers s;
+    place_buffers(p, s);
+    // The rings of out_proj and of the in_proj beside it share a multiprocessor. Two blocks of the same out_proj must not:
+    // another multiprocessor would be without one.
+    const size_t half = max_shared_bytes() / 2 + 1024;
+    if (out.shared < half && out.shared + in.shared < 2 * half - 8192) out.shared = half;
+    const int x_rows = x_rows_of(p), spread = ceil_div(ceil_div(p.d_inner, sm_count()), 4) * 4;
+    const int channels = spread < kMiddleThreads / 8 ? spread : kMiddleThreads / 8;
+    const dim3 scan_grid(ceil_div(p.d_inner, channels), p.batch);
+
+    bool ok = allow_shared(embed_kernel<T>, 0) && allow_shared(x_kernel<T>, 0) &&
+              allow_shared(scan_kernel<T, kFamily>, x_rows * sizeof(float)) &&
+              allow_shared(in_kernel<T, kFamily, kIn>, in.shared) && allow_shared(out_kernel<T, kOut>, out.shared) &&
+              allow_shared(head_kernel<T, kIn>, head.shared);
+    ok = ok && start(embed_kernel<T>, dim3(ceil_div(p.d_model, 256), p.batch), 256, 0, stream, p, s.hidden);
+    for (int i = 0; ok && i < p.n_layer; i++) {
+      const Layer& l = p.layers[i];
+      ok &= start(in_kernel<T, kFamily, kIn>, in.grid, kProductThreads, in.shared, stream, p, l, s,
+                  vectorizes<T>(l.in_proj, p.d_model));
+      bool states = aligned(l.ssm_state_in, 16) && aligned(l.ssm_state_out, 16), wide_rows = false;
+      if (kFamily == 1) {
+        states = states && aligned(l.A, 16) && p.d_state % 2 == 0 && p.dt_rank % 2 == 0;
+        wide_rows = p.dt_rank % 8 == 0 && vectorizes<T>(l.dt_proj, p.dt_rank);
+        ok &= start(x_kernel<T>, dim3(ceil_div(x_rows, 2), p.batch), kMiddleThreads, kMiddleThreads / 32 * 2 * sizeof(float),
+                    stream, p, l, s, p.d_inner % 8 == 0 && vectorizes<T>(l.x_proj, p.d_inner));
+      } else {
+        states = states && p.d_state % 4 == 0;
+      }
+      ok &= start(scan_kernel<T, kFamily>, scan_grid, channels * 8, x_rows * sizeof(float), stream, p, l, s, states, wide_rows);
+      ok &= start(out_kernel<T, kOut>, out.grid, kProductThreads, out.shared, stream, p, l, s,
+                  vectorizes<T>(l.out_proj, p.d_inner));
+    }
+    ok = ok && start(head_kernel<T, kIn>, head.grid, kProductThreads, head.shared, stream, p, s,
+                     vectorizes<T>(p.lm_head, p.d_model));
+    return ok ? launch_status() : MAMBA_ERROR_CUDA;
+  }
+};
+
+template <typename T, int kFamily> int launch_family(const Params& p, cudaStream_t stream) {
+  Chain<T, kFamily, kInDepth, kOutDepth> chain(p);
+  if (chain.fits()) return chain.launch(p, stream);
+  return Chain<T, kFamily, kSmallDepth, kSmallDepth>(p).launch(p, stream);
 }
 
 }  // namespace
 
 size_t chain_workspace(const Params& p) {
-  return size_t(p.batch) * (p.d_model + 3 * p.d_inner + x_rows_of(p)) * sizeof(float);
+  Buffers s;
+  return size_t(place_buffers(p, s)) * sizeof(float);
 }
 
 template <typename T> int launch_chain(const Params& p, cudaStream_t stream) {
   if (!p.logits) return MAMBA_ERROR_NULL_POINTER;
-  const int x_rows = x_rows_of(p);
-  const Buffers s = buffers_of(p);
-  auto grid = [&](int items, int each) { return dim3(ceil_div(items, each), p.batch); };
-  const size_t model_bytes = size_t(p.d_model) * 4, inner_bytes = size_t(p.d_inner) * 4;
-  bool ok = allow_shared<T>(inner_bytes > model_bytes ? inner_bytes : model_bytes);
-  ok &= start(embed_kernel<T>, grid(p.d_model, kBlock), 0, stream, p, s.hidden);
-  for (int i = 0; i < p.n_layer; i++) {
-    const Layer& l = p.layers[i];
-    const bool wide = vectorizes(l.in_proj, p.d_model);
-    if (p.family == 1) {
-      ok &= start(in1_kernel<T>, grid(p.d_inner, kBlockWarps), model_bytes, stream, p, l, s, wide);
-      ok &= start(x_kernel<T>, grid(x_rows, 1), 0, stream, p, l, s, vectorizes(l.x_proj, p.d_inner));
-      ok &= start(scan_kernel<T, 1>, grid(p.d_inner, kBlock / 8), 0, stream, p, l, s, vectorizes(l.dt_proj, p.dt_rank));
-    } else {
-      ok &= start(in2_kernel<T>, grid(p.d_inner + ceil_div(x_rows, 2), kBlockWarps), model_bytes, stream, p, l, s, wide);
-      ok &= start(scan_kernel<T, 2>, grid(p.d_inner, kBlock / 8), 0, stream, p, l, s, false);
-    }
-    ok &= start(out_kernel<T>, grid(p.d_model, kBlockWarps), inner_bytes, stream, p, l, s, vectorizes(l.out_proj, p.d_inner));
-  }
-  const int head_blocks = ceil_div(p.vocab_size, 2 * kBlockWarps), most = 3 * sm_count();
-  const dim3 head_grid(head_blocks < most ? head_blocks : most, p.batch);
-  ok &= start(head_kernel<T>, head_grid, model_bytes, stream, p, s, vectorizes(p.lm_head, p.d_model));
-  return ok ? launch_status() : MAMBA_ERROR_CUDA;
+  return p.family == 1 ? launch_family<T, 1>(p, stream) : launch_family<T, 2>(p, stream);
 }
 
 template int launch_chain<float>(const Params&, cudaStream_t);

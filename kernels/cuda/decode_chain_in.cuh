@@ -1,87 +1,120 @@
 // The chain's first kernels: the embedding, and a layer's norm, in_proj and convolution.
 #pragma once
 
-#include "decode_chain_row.cuh"
+#include "decode_chain_product.cuh"
 
 namespace mamba::decode::chain {
 
+// Nothing of a token starts before all that precedes it in the stream has ended: weights and states stand still from here on.
 template <typename T> __global__ void embed_kernel(const __grid_constant__ Params p, float* hidden) {
-  predecessor();
-  const int i = blockIdx.x * kBlock + threadIdx.x;
+  wait_for_previous();
+  let_next_start();
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int64_t b = blockIdx.y, token = p.input_ids[b];
   if (i < p.d_model) hidden[b * p.d_model + i] = to_float(static_cast<const T*>(p.embedding)[token * p.d_model + i]);
 }
 
-// Channel c of `channels`: v through the convolution and silu, its state one token on.
-template <typename T>
-__device__ __forceinline__ float convolved(const Layer& l, int64_t batch, int channels, int c, int taps, float v) {
-  const float in = to_float(from_float<T>(v));
-  const T* w = static_cast<const T*>(l.conv_weight) + int64_t(c) * taps;
-  const T* before = static_cast<const T*>(l.conv_state_in) + (batch * channels + c) * (taps - 1);
-  T* after = static_cast<T*>(l.conv_state_out) + (batch * channels + c) * (taps - 1);
-  float u = fmaf(to_float(w[taps - 1]), in, to_float(static_cast<const T*>(l.conv_bias)[c]));
-  for (int i = 0; i < taps - 1; i++) {
-    const T h = before[i];
-    u = fmaf(to_float(w[i]), to_float(h), u);
-    if (i) after[i - 1] = h;
-  }
-  after[taps - 2] = from_float<T>(in);
-  return to_float(from_float<T>(silu(u)));
-}
+// The convolution of one channel: its taps and state are loaded together, before the product.
+template <typename T> struct Convolution {
+  static constexpr int kMost = 4;  // taps; more are loaded one by one
+  T w[kMost], h[kMost - 1], bias;
 
-// Mamba-1: a warp has one channel, its rows of x and z, then its convolution.
-template <typename T>
-__global__ void __launch_bounds__(kBlock)
-    in1_kernel(const __grid_constant__ Params p, const __grid_constant__ Layer l, const __grid_constant__ Buffers s, bool vector) {
-  extern __shared__ float x[];
-  const int lane = threadIdx.x % 32, c = blockIdx.x * kBlockWarps + threadIdx.x / 32;
-  const int own = c < p.d_inner ? c : p.d_inner - 1;
-  const int64_t b = blockIdx.y;
-  const T* weight = static_cast<const T*>(l.in_proj) + int64_t(own) * p.d_model;
-  const T* const rows[2] = {weight, weight + int64_t(p.d_inner) * p.d_model};
-  float sum[2], scale = 0.0f;
-  warp_dots<T, 2, 5>(rows, x, p.d_model, vector, sum, [&] {
-    predecessor();
-    scale = normed<T>(s.hidden + b * p.d_model, l.norm, p.d_model, p.norm_eps, x);
-  });
-  if (lane || c >= p.d_inner) return;
-  const float gate = to_float(from_float<T>(sum[1] * scale));
-  s.u[b * p.d_inner + c] = convolved<T>(l, b, p.d_inner, c, p.d_conv, sum[0] * scale);
-  s.z[b * p.d_inner + c] = silu(gate);
-}
-
-// Mamba-2: a warp has a channel's rows of x and z as above, or two rows of what follows them: B and C with their
-// convolution, then dt.
-template <typename T>
-__global__ void __launch_bounds__(kBlock)
-    in2_kernel(const __grid_constant__ Params p, const __grid_constant__ Layer l, const __grid_constant__ Buffers s, bool vector) {
-  extern __shared__ float x[];
-  const int lane = threadIdx.x % 32, item = blockIdx.x * kBlockWarps + threadIdx.x / 32;
-  const int bc = 2 * p.ngroups * p.d_state, extra = bc + p.nheads, conv_dim = p.d_inner + bc;
-  const bool channel = item < p.d_inner;
-  const int64_t b = blockIdx.y;
-  int at[2] = {p.d_inner + item, item};  // rows of in_proj
-  if (!channel) {
-    at[0] = 2 * p.d_inner + 2 * (item - p.d_inner), at[1] = at[0] + 1;
+  __device__ __forceinline__ void load(const Layer& l, int64_t batch, int channels, int c, int taps) {
+    if (taps > kMost) return;
+    const T* weight = static_cast<const T*>(l.conv_weight) + int64_t(c) * taps;
+    const T* before = static_cast<const T*>(l.conv_state_in) + (batch * channels + c) * (taps - 1);
+    bias = static_cast<const T*>(l.conv_bias)[c], w[kMost - 1] = weight[taps - 1];
 #pragma unroll
-    for (int r = 0; r < 2; r++) at[r] = min(at[r], 2 * p.d_inner + extra - 1);
+    for (int i = 0; i < kMost - 1; i++) {
+      if (i < taps - 1) w[i] = weight[i], h[i] = before[i];
+    }
   }
-  const T* weight = static_cast<const T*>(l.in_proj);
-  const T* const rows[2] = {weight + int64_t(at[0]) * p.d_model, weight + int64_t(at[1]) * p.d_model};
-  float sum[2], scale = 0.0f;
-  warp_dots<T, 2, 5>(rows, x, p.d_model, vector, sum, [&] {
-    predecessor();
-    scale = normed<T>(s.hidden + b * p.d_model, l.norm, p.d_model, p.norm_eps, x);
-  });
-  if (channel) {
-    if (lane) return;
-    s.u[b * p.d_inner + item] = convolved<T>(l, b, conv_dim, item, p.d_conv, sum[0] * scale);
-    s.z[b * p.d_inner + item] = silu(to_float(from_float<T>(sum[1] * scale)));
-  } else if (lane < 2) {
-    const int r = 2 * (item - p.d_inner) + lane;
-    const float v = lane ? sum[1] : sum[0];
-    if (r < bc) s.x[b * extra + r] = convolved<T>(l, b, conv_dim, p.d_inner + r, p.d_conv, v * scale);
-    else if (r < extra) s.x[b * extra + r] = softplus<true>(v * scale + l.dt_bias[r - bc]);
+  // silu of the convolution; the state goes one token on.
+  __device__ __forceinline__ float next(const Layer& l, int64_t batch, int channels, int c, int taps, float v) const {
+    const T in = from_float<T>(v);
+    T* after = static_cast<T*>(l.conv_state_out) + (batch * channels + c) * (taps - 1);
+    float u;
+    if (taps <= kMost) {
+      u = fmaf(to_float(w[kMost - 1]), to_float(in), to_float(bias));
+#pragma unroll
+      for (int i = 0; i < kMost - 1; i++) {
+        if (i >= taps - 1) continue;
+        u = fmaf(to_float(w[i]), to_float(h[i]), u);
+        if (i) after[i - 1] = h[i];
+      }
+    } else {
+      const T* weight = static_cast<const T*>(l.conv_weight) + int64_t(c) * taps;
+      const T* before = static_cast<const T*>(l.conv_state_in) + (batch * channels + c) * (taps - 1);
+      u = fmaf(to_float(weight[taps - 1]), to_float(in), to_float(static_cast<const T*>(l.conv_bias)[c]));
+#pragma unroll 1
+      for (int i = 0; i < taps - 1; i++) {
+        const T old = before[i];
+        u = fmaf(to_float(weight[i]), to_float(old), u);
+        if (i) after[i - 1] = old;
+      }
+    }
+    after[taps - 2] = in;
+    return to_float(from_float<T>(silu(u)));
+  }
+};
+
+// What in_proj's rows are. A unit is a channel: its rows of x and z. Mamba-2 has units of two further rows behind them: B and
+// C, which pass the convolution too, and dt.
+template <int kFamily> struct InRows {
+  int d_inner, bc, extra;
+
+  __device__ __forceinline__ explicit InRows(const Params& p)
+      : d_inner(p.d_inner), bc(kFamily == 2 ? 2 * p.ngroups * p.d_state : 0), extra(kFamily == 2 ? bc + p.nheads : 0) {}
+  __device__ __forceinline__ int units() const { return d_inner + (extra + 1) / 2; }
+  __device__ __forceinline__ int further(int unit, int r) const { return 2 * (unit - d_inner) + r; }
+  __device__ __forceinline__ int row(int unit, int r) const {
+    if (kFamily == 2 && unit >= d_inner) return 2 * d_inner + min(further(unit, r), extra - 1);
+    return (kFamily == 2) == (r == 0) ? d_inner + unit : unit;  // Mamba-2 has z first
+  }
+  // Of the convolution, or -1.
+  __device__ __forceinline__ int channel(int unit, int r) const {
+    if (unit < d_inner) return r ? -1 : unit;
+    return kFamily == 2 && further(unit, r) < bc ? d_inner + further(unit, r) : -1;
+  }
+};
+
+template <typename T, int kFamily, int kDepth>
+__global__ void __launch_bounds__(kProductThreads, 4)
+    in_kernel(const __grid_constant__ Params p, const __grid_constant__ Layer l, const __grid_constant__ Buffers s,
+              bool vector) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  let_next_start();
+  const InRows<kFamily> in(p);
+  const int64_t b = blockIdx.y;
+  const Share mine = share(in.units(), gridDim.x, blockIdx.x, 0);
+  const Product<T, kDepth> product(smem, p.d_model, mine.count);
+  auto rows = [&](int unit, int r) {
+    return static_cast<const T*>(l.in_proj) + int64_t(in.row(min(mine.first + unit, in.units() - 1), r)) * p.d_model;
+  };
+  const auto ahead = product.begin(static_cast<const T*>(l.norm), vector, rows);
+  const int conv_dim = p.d_inner + in.bc;
+  Convolution<T> convolution;
+  int channel = int(threadIdx.x) < 2 * mine.count ? in.channel(mine.first + threadIdx.x / 2, threadIdx.x % 2) : -1;
+  if (channel >= 0) convolution.load(l, b, conv_dim, channel, p.d_conv);
+  wait_for_previous();
+  product.place(s.hidden + b * p.d_model);
+  product.run(ahead, vector, rows);
+  const float scale = product.scale(p.norm_eps);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < 2 * mine.count; i += kProductThreads) {
+    const int unit = mine.first + i / 2, r = i % 2;
+    float v = product.total(i) * scale;
+    if (i != int(threadIdx.x)) {
+      channel = in.channel(unit, r);
+      if (channel >= 0) convolution.load(l, b, conv_dim, channel, p.d_conv);
+    }
+    if (channel >= 0) v = convolution.next(l, b, conv_dim, channel, p.d_conv, v);
+    if (unit < p.d_inner) {
+      if (r == 0) s.u[b * p.d_inner + unit] = v;
+      else s.z[b * p.d_inner + unit] = silu(to_float(from_float<T>(v)));
+    } else if (const int k = in.further(unit, r); k < in.extra) {
+      s.x[b * in.extra + k] = k < in.bc ? v : softplus<true>(v + l.dt_bias[k - in.bc]);
+    }
   }
 }
 

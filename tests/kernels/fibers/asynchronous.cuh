@@ -1,7 +1,9 @@
 // What stands below "asynchronous copies and barriers" in common.cuh, and the PTX of the decode kernel.
 namespace mamba {
-template <int kBytes> void cp_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes) {
+template <int kBytes> void cp_async(void* to, const void* from, bool valid = true) {
+  static const char zeros[kBytes] = {};
+  if (!valid) from = zeros;
+  if (reinterpret_cast<uintptr_t>(to) % kBytes || (valid && reinterpret_cast<uintptr_t>(from) % kBytes)) {
     std::fprintf(stderr, "cp.async: not aligned\n"), std::abort();
   }
   emulation::current->open.push_back({to, from, kBytes});
@@ -16,7 +18,7 @@ inline void mbarrier_arrive(uint64_t* bar) { emulation::arrive(bar); }
 inline void mbarrier_wait(uint64_t* bar, int parity) {
   emulation::wait_until([&] { return emulation::of(bar).phase != unsigned(parity); });
 }
-inline void __syncthreads() { emulation::block_barrier(0, 416); }
+inline void __syncthreads() { emulation::block_barrier(0, int(emulation::block_size.x)); }
 
 // mma.m16n8k16: lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of the result.
 template <typename T> void emulated_mma(float (&c)[4], const uint32_t (&words)[6]) {

@@ -29,6 +29,7 @@ using std::max;
 using std::min;
 
 struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(8) int2 { int x, y; };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -45,11 +46,13 @@ inline float __uint_as_float(uint32_t v) { float f; std::memcpy(&f, &v, 4); retu
 inline uint32_t __float_as_uint(float f) { uint32_t v; std::memcpy(&v, &f, 4); return v; }
 inline float __int_as_float(int32_t v) { return __uint_as_float(uint32_t(v)); }
 inline int32_t __float_as_int(float f) { return int32_t(__float_as_uint(f)); }
+template <typename V> V __ldcg(const V* p) { return *p; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 template <typename F> cudaError_t cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
 inline cudaError_t cudaMemsetAsync(void* p, int v, size_t n, cudaStream_t) { std::memset(p, v, n); return cudaSuccess; }
@@ -85,6 +88,7 @@ struct Fiber {
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 };
+inline dim3 grid_size, block_size;  // of the kernel that runs
 inline ucontext_t scheduler;
 inline Fiber* current;
 inline std::mt19937 dice;
@@ -168,9 +172,11 @@ inline void enter() {
 }
 
 // Every block of the grid at once. Returns whether all came to their end.
-template <typename F> bool run(int blocks, int threads, size_t shared, unsigned seed, F&& kernel) {
+template <typename F> bool run(dim3 grid, int threads, size_t shared, unsigned seed, F&& kernel) {
   constexpr size_t kStack = 128 << 10;
   constexpr unsigned char kGuard = 0xa5;
+  const int blocks = int(grid.x * grid.y);
+  grid_size = grid, block_size = dim3(unsigned(threads));
   dice.seed(seed);
   const std::function<void()> function = kernel;
   body = &function;
@@ -179,7 +185,7 @@ template <typename F> bool run(int blocks, int threads, size_t shared, unsigned 
   for (int b = 0; b < blocks; b++) {
     all.push_back(std::make_unique<Block>());
     Block& block = *all.back();
-    block.index = dim3(unsigned(b));
+    block.index = dim3(unsigned(b) % grid.x, unsigned(b) / grid.x);
     block.shared.assign(shared + 1024 + 256, kGuard);
     block.base = block.shared.data() + (1024 - reinterpret_cast<uintptr_t>(block.shared.data()) % 1024);
     std::memset(block.base, 0xff, shared);
@@ -225,6 +231,8 @@ template <typename F> bool run(int blocks, int threads, size_t shared, unsigned 
 
 #define threadIdx emulation::current->thread
 #define blockIdx emulation::current->block->index
+#define gridDim emulation::grid_size
+#define blockDim emulation::block_size
 
 inline void __syncwarp() { uint32_t none = 0; emulation::gather(~0u, &none, 1); }
 template <typename V> V __shfl_xor_sync(unsigned mask, V v, int o) { return emulation::shuffle(mask, v, emulation::current->lane ^ o); }
