@@ -9,6 +9,7 @@ namespace mamba::decode {
 template <typename T> struct Convolution {
   T weight[kMaxConv], state[kMaxConv - 1], bias;  // as they lie there: a conversion would wait for the load
   float sum, last;
+  T* newest;  // where the new input goes
 
   template <int kFamily>
   __device__ __forceinline__ void load(const Worker<T, kFamily>& w, int layer, int step, int item) {
@@ -33,7 +34,7 @@ template <typename T> struct Convolution {
     if (!w.convolves(item)) return;
     const int taps = w.p.d_conv;
     T* s = static_cast<T*>(l.conv_state_out) + int64_t(w.conv_channel(item)) * (taps - 1);
-    sum = to_float(bias), last = 0.0f;
+    sum = to_float(bias), last = 0.0f, newest = s + taps - 2;
 #pragma unroll
     for (int i = 0; i < kMaxConv; i++) {
       if (i == taps - 1) last = to_float(weight[i]);
@@ -44,10 +45,8 @@ template <typename T> struct Convolution {
     }
   }
 
-  template <int kFamily>
-  __device__ __forceinline__ float finish(const Worker<T, kFamily>& w, const Layer& l, int item, float x) const {
-    const int taps = w.p.d_conv;
-    static_cast<T*>(l.conv_state_out)[int64_t(w.conv_channel(item)) * (taps - 1) + taps - 2] = from_float<T>(x);
+  __device__ __forceinline__ float finish(float x) const {
+    *newest = from_float<T>(x);
     return fmaf(last, x, sum);
   }
 };

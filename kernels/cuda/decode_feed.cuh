@@ -55,10 +55,7 @@ template <typename T, int kFamily> __device__ void feed(const Block<T, kFamily>&
     for (int i = 0; i < p.n_layer; i++) {
       const Layer& l = b.layers[i];
       feed_in(out, b, l);
-      if constexpr (kFamily == 1) {
-        feed_rows<T>(out, l.x_proj, b.x_rows, p.d_inner, plan.shift_inner);
-        feed_scan(out, b, l);
-      }
+      if constexpr (kFamily == 1) feed_scan(out, b, l);
       feed_rows<T>(out, l.out_proj, b.out_rows, p.d_inner, plan.shift_inner);
     }
     if (b.has_head(step)) feed_rows<T>(out, p.lm_head, b.head_rows, p.d_model, plan.shift_model);

@@ -39,14 +39,14 @@ struct Best {
 
 template <typename T, int kFamily>
 __device__ __forceinline__ int next_token(const Worker<T, kFamily>& w, Best& best, int step) {
-  best.over_block(w.partial, w.warp, w.lane);
+  best.over_block(w.partials, w.warp, w.lane);
   const uint32_t mine = w.tid ? uint32_t(best.row) : __float_as_uint(best.value);
   if (w.tid < 2) send(w.sent_best + 2 * blockIdx.x + w.tid, mine, step + 1);
   best = Best{};
   receive<kThreads>(w.sent_best, 2 * w.plan.blocks, step + 1, w.tid, [&](int, uint32_t value, uint32_t row) {
     best.merge(__uint_as_float(value), int(row));
   });
-  best.over_block(w.partial, w.warp, w.lane);
+  best.over_block(w.partials, w.warp, w.lane);
   if (blockIdx.x == 0 && w.tid == 0) w.p.output_ids[step - w.p.n_forced + 1] = best.row;
   return best.row;
 }

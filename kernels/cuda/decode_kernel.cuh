@@ -1,11 +1,11 @@
-// Whole-stack decode: one block to a multiprocessor; blocks exchange a vector four times a layer (three for Mamba-2).
+// Whole-stack decode: one block to a multiprocessor; blocks exchange a vector three times a layer.
 //
-//   Mamba-1: hidden -> [in_proj, convolution] -> u -> [x_proj] -> dt, B, C -> [dt_proj, scan, gate] -> y -> [out_proj]
+//   Mamba-1: hidden -> [in_proj, convolution, x_proj] -> dt, B, C -> [dt_proj, scan, gate] -> y -> [out_proj]
 //   Mamba-2: hidden -> [in_proj, convolution] -> B, C, dt -> [scan, gate] -> y -> [norm, out_proj]
 //
-// A block owns channels (their rows of in_proj and dt_proj, their states), some rows of what gives dt, B and C, rows of
-// out_proj with their part of the residual, and rows of the head. Every word it sends depends, through the exchanges
-// before, on all blocks having read the word that was there: the buffers need no second copy.
+// A block owns channels (their rows of in_proj and dt_proj, their columns of x_proj, their states), in Mamba-2 some rows of
+// what gives dt, B and C, rows of out_proj with their part of the residual, and rows of the head. Every word it sends
+// depends, through the exchanges before, on all blocks having read the word that was there: the buffers need no second copy.
 #pragma once
 
 #include "decode_epilogue.cuh"
@@ -20,99 +20,103 @@ namespace mamba::decode {
 struct Progress {
   Cursor cursor;       // in the ring
   uint32_t epoch = 0;  // of the words of this pass
+  int turn = 0;        // of the words that sum up dt, B and C
   int64_t token;
 };
 
-// The product itself: terms into shared memory or, of the head, logits to their place and the best of them to `best`.
-template <typename T, int kFamily>
-__device__ __forceinline__ void multiply(const Worker<T, kFamily>& w, const Pass& pass, const Shape& shape,
-                                         const TensorProduct<T>& product, float scale, Cursor& cursor, Best& best) {
-  const bool wants_logits = pass.head && pass.step == w.p.n_steps - 1 && w.p.logits;
-  auto store = [&](int row, int term, float v) {
-    if (!pass.head) {
-      w.partial[row * shape.terms + term] = v;
-      return;
-    }
-    v *= scale;
-    row += w.head_rows.first;
-    if (wants_logits) w.p.logits[row] = v;
-    best.next(v, row);
-  };
-  if constexpr (Vector<T>::kTensor) product.run(w.ring, cursor, store);
-  else Product{w.ring, cursor, reinterpret_cast<const float4*>(w.x.at), w.warp, w.lane}.run(shape, store);
-}
-
-// The vector that the stage multiplies, into shared memory, and this thread's squares of it.
-template <typename T, int kFamily>
-__device__ __forceinline__ void take_vector(const Worker<T, kFamily>& w, int stage, const Pass& pass, Progress& at) {
+// The vector that the stage multiplies, into shared memory: this thread's squares of it.
+template <int kStage, bool kHeld, typename T, int kFamily>
+__device__ __forceinline__ float take_vector(const Worker<T, kFamily>& w, const Pass& pass, Progress& at) {
+  const Shape& shape = w.plan.shapes[kStage];
   float square = 0.0f;
-  if (stage != kIn) {
-    take_inner(w, stage == kX ? w.sent_u : w.sent_y, at.epoch, square);
-  } else if (pass.layer == 0) {
-    take_embedding(w, at.token, square);
-    at.epoch++;
+  if constexpr (kStage == kOut) {
+    take_inner<kHeld>(w, shape, at.epoch, square);
   } else {
-    take_hidden(w, at.epoch, square);
+    if (kStage == kIn && pass.layer == 0) take_embedding<kHeld>(w, shape, at.token, square);
+    else take_hidden<kHeld>(w, shape, at.epoch, square);
     at.epoch++;
   }
-  w.squares[w.tid] = square;
+  __syncwarp();
+  return square;
 }
 
-// A product with what lies before and behind it. All stages run this one piece of code: fewer instructions were faster
-// (NOTES-decode.md).
-template <typename T, int kFamily>
-__device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, int stage, const Pass& pass, const Layer& l,
-                                          Progress& at, Convolution<T>& conv, Best& best) {
-  if (stage == kOut) scan(w, l, at.epoch, at.cursor);
-
-  // What the product can know before its vector arrives.
-  const Shape shape = w.shapes[pass.head ? kHead : stage];
-  const bool normed = stage == kIn || (kFamily == 2 && stage == kOut);
-  const TensorProduct<T> product(shape, w.x, normed);
-  if (stage == kIn && !pass.head && w.lane % 4 == 0) conv.begin(w, l, w.tid / 4);
-
-  take_vector(w, stage, pass, at);
+// Before in_proj's end the state and x_proj's columns must be there, before out_proj's the next norm.
+__device__ __forceinline__ void end_product() {
+  cp_async_wait<0>();
   block_sync();
-  if (stage == kOut) {
-    if (kFamily == 1) {
-      if (w.warp < kProductWarps && w.lane == 0) w.ring.release(at.cursor.slot);  // the scan's
-      at.cursor.advance(w.ring.slots);
-    }
-    if (pass.more || pass.next_step < w.p.n_steps) w.fetch_state(pass.next, pass.next_step);
-    cp_async_commit();
+}
+template <int kStage, bool kHeld, typename T, int kFamily>
+__device__ __forceinline__ void finish(const Worker<T, kFamily>& w, const Pass& pass, const Layer& l, Convolution<T>& conv,
+                                       int first_row, uint32_t epoch) {
+  if constexpr (kStage == kIn) finish_in<kHeld>(w, pass, l, conv, first_row, epoch);
+  else if constexpr (kStage == kOut) finish_out<kHeld>(w, pass, epoch);
+}
+
+// A product with what lies before and behind it.
+template <int kStage, bool kHeld, typename T, int kFamily>
+__device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pass& pass, const Layer& l, Progress& at,
+                                          Convolution<T>& conv, Best& best) {
+  if constexpr (kStage == kOut) {
+    scan(w, l, at.epoch, at.turn, at.cursor);
+    at.turn ^= 1;
   }
 
-  float scale = 1.0f;
-  if (pass.head) scale = norm_scale(w, stage == kOut);
-  if (w.warp < kProductWarps) {
-    multiply(w, pass, shape, product, scale, at.cursor, best);
+  constexpr bool kTensor = Vector<T>::kTensor, kNormed = kStage != kOut || kFamily == 2;
+  const Shape& shape = w.plan.shapes[kStage];
+  const int rows = w.rows(kStage);
+  float* partial = w.partial(kStage);
+  const int first_row = kStage == kIn ? keep(in_row(w, w.tid / 8)) : 0;
+  if (kStage == kIn && w.lane % 8 == 0) conv.begin(w, l, w.tid / 8);
+  if constexpr (kHeld) {
+    HeldProduct<T, kStage == kOut ? 2 : 1> product(w.x, shape.width, rows, w.lane, w.warp);
+    product.hold(w.ring, at.cursor, shape.shift);
+    float square = take_vector<kStage, true>(w, pass, at);
+    product.run(w.x, kNormed, partial);
+    if (kNormed) {  // as one more row
+#pragma unroll
+      for (int o = 16; o > 2; o /= 2) square += __shfl_xor_sync(~0u, square, o);
+      if (w.lane < 4) partial[kHeldRows * kHeldTerms + 4 * w.warp + w.lane] = square;
+    }
+    end_product();
+    finish<kStage, true>(w, pass, l, conv, first_row, at.epoch);
+    product.release(w.ring, at.cursor, shape.shift);
   } else {
-    at.cursor.advance(w.ring.slots, shape.slots);
-    if (w.warp == kProductWarps && normed && !pass.head) {
-      scale = norm_scale(w, stage == kOut);
-      if (w.lane == 0) *w.scale = scale;
+    const TensorProduct<T> product(shape, rows, w.x, kNormed);  // what it can know before its vector arrives
+    float square = take_vector<kStage, false>(w, pass, at);
+    if (kNormed) {
+      square = warp_sum(square);
+      if (w.lane == 0) w.square(kStage)[w.warp] = square;
     }
+    if (!kTensor || shape.whole) block_sync();  // a warp multiplies what other warps took
+    // Terms into shared memory or, of the head, logits to their place and the best of them to `best`.
+    const float scale = kStage == kHead ? norm_scale(w, kHead) : 1.0f;
+    float* logits = kStage == kHead && pass.step == w.p.n_steps - 1 ? w.p.logits : nullptr;
+    auto store = [&](int row, int term, float v) {
+      if constexpr (kStage != kHead) {
+        partial[row * shape.terms + term] = v;
+      } else {
+        v *= scale;
+        row += w.head_rows.first;
+        if (logits) logits[row] = v;
+        best.next(v, row);
+      }
+    };
+    if constexpr (kTensor) product.run(w.ring, at.cursor, store);
+    else Product{w.ring, at.cursor, reinterpret_cast<const float4*>(w.x.at), w.warp, w.lane}.run(shape, rows, store);
+    if (kStage == kHead) return;
+    end_product();
+    finish<kStage, false>(w, pass, l, conv, first_row, at.epoch);
   }
-  if (pass.head) return;
-
-  if (stage == kOut) cp_async_wait<1>();  // the norms; the state may take longer
-  if (stage == kIn) cp_async_wait<0>();   // the state
-  block_sync();
-  if (normed) scale = *w.scale;
-  if (stage == kIn) finish_in(w, pass, l, shape, scale, conv, at.epoch);
-  else finish_rows(w, stage, shape, scale, at.epoch);
 }
 
 // What the first product needs.
 template <typename T, int kFamily>
 __device__ __forceinline__ void begin(const Worker<T, kFamily>& w, Convolution<T>& conv) {
-  if (w.tid == 0) {
-    w.shapes[kIn] = shape_of<T>(w.in_rows(), w.p.d_model, w.plan.shift_model, false);
-    w.shapes[kX] = shape_of<T>(w.x_rows.count, w.p.d_inner, w.plan.shift_inner, false);
-    w.shapes[kOut] = shape_of<T>(w.out_rows.count, w.p.d_inner, w.plan.shift_inner, false);
-    w.shapes[kHead] = shape_of<T>(w.head_rows.count, w.p.d_model, w.plan.shift_model, true);
+  if (w.lane % 8 == 0) conv.load(w, 0, 0, w.tid / 8);
+  if (kFamily == 1) {
+    for (int i = w.tid; i < 2 * w.plan.x_rows; i += kThreads) w.sums[i] = 0;
+    w.fetch_x(0);
   }
-  conv.load(w, 0, 0, w.tid / 4);
   w.fetch_norm(w.layers[0].norm);
   w.fetch_state(0, 0);
   cp_async_commit();
@@ -121,10 +125,11 @@ __device__ __forceinline__ void begin(const Worker<T, kFamily>& w, Convolution<T
 }
 
 // What the warps that compute do, token by token.
-template <typename T, int kFamily> __device__ void compute(const Block<T, kFamily>& block) {
+template <bool kHeld, typename T, int kFamily> __device__ void compute(const Block<T, kFamily>& block) {
   const Worker<T, kFamily> w(block);
   Progress at;
   Convolution<T> conv;
+  Best best;
   begin(w, conv);
   at.token = w.p.input_ids[0];
   for (int step = 0; step < w.p.n_steps; step++) {
@@ -134,14 +139,15 @@ template <typename T, int kFamily> __device__ void compute(const Block<T, kFamil
       const bool head = layer == w.p.n_layer, more = layer + 1 < w.p.n_layer;
       const Pass pass{step, layer, head, more, more ? layer + 1 : 0, more ? step : step + 1};
       const Layer& l = w.layers[head ? 0 : layer];
-      Best best;
-#pragma unroll 1
-      for (int stage = kIn; stage <= (head ? kIn : kOut); stage++) {
-        if (stage == kX && (kFamily == 2 || w.x_rows.count == 0)) continue;
-        run_stage(w, stage, pass, l, at, conv, best);
+      if (!head) {
+        run_stage<kIn, kHeld>(w, pass, l, at, conv, best);
+        run_stage<kOut, kHeld>(w, pass, l, at, conv, best);
+        continue;
       }
-      if (!head || !w.p.output_ids) continue;
+      run_stage<kHead, false>(w, pass, l, at, conv, best);
+      if (!w.p.output_ids) continue;
       at.token = next_token(w, best, step);
+      best = Best{};
       w.fetch_norm(w.layers[0].norm);  // the last norm was in use until here
       cp_async_commit();
       cp_async_wait<0>();
@@ -150,16 +156,16 @@ template <typename T, int kFamily> __device__ void compute(const Block<T, kFamil
   }
 }
 
-template <typename T, int kFamily>
+template <typename T, int kFamily, bool kHeld>
 __global__ void __launch_bounds__(kThreads + 32, 1) stack_kernel(const __grid_constant__ Params p,
                                                                  const __grid_constant__ Layers layers,
                                                                  const __grid_constant__ Plan plan) {
   extern __shared__ __align__(128) unsigned char smem[];
   const Block<T, kFamily> block(p, layers.layer, plan, smem);
-  if (threadIdx.x == 0) block.ring.init(kProductWarps);
+  if (threadIdx.x == 0) block.ring.init(kWarps);
   __syncthreads();
   if (threadIdx.x >= kThreads) feed(block);
-  else compute(block);
+  else compute<kHeld>(block);
 }
 
 }  // namespace mamba::decode

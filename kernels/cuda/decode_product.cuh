@@ -10,6 +10,12 @@ namespace mamba::decode {
 
 __device__ __forceinline__ void block_sync() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
 
+// The value, computed here and not where it is used: ahead of a wait, not behind it.
+__device__ __forceinline__ int keep(int v) {
+  asm volatile("// keep" : "+r"(v));
+  return v;
+}
+
 __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
   for (int o = 16; o; o /= 2) v += __shfl_xor_sync(~0u, v, o);
@@ -35,14 +41,18 @@ template <typename T> struct Vector {
   Vector() = default;
   __device__ __forceinline__ Vector(unsigned char* memory, int widest) : at(memory), low((kTensor ? 2 : 0) * widest + 64) {}
 
-  // Values i and i + 1 of `width`.
-  __device__ __forceinline__ void place(int i, int width, float a, float b) const {
+  // Where values i and i + 1 lie; kHeld: of every four pairs the even ones first, for HeldProduct.
+  template <bool kHeld> __device__ __forceinline__ static int offset(int i) {
+    return kHeld ? (i & ~7) * 2 + (i & 2) * 4 + (i & 4) : i * 2;
+  }
+  // Values i and i + 1 of `width`; `where` is their offset.
+  __device__ __forceinline__ void place(int i, int where, int width, float a, float b) const {
     if constexpr (kTensor) {
       auto clamped = [](float v) { return std::is_same_v<T, __half> ? fminf(fmaxf(v, -65504.0f), 65504.0f) : v; };
       a = clamped(a * kShrink), b = clamped(b * kShrink);
       const pair_t<T> high = from_float2<T>(a, b);
       const float2 h = to_float2(high);
-      unsigned char* to = at + i * 2;
+      unsigned char* to = at + where;
       *reinterpret_cast<pair_t<T>*>(to) = high;
       *reinterpret_cast<pair_t<T>*>(to + low) = from_float2<T>(a - h.x, b - h.y);
     } else {
@@ -96,11 +106,12 @@ struct Product {
   const float4* x;
   int warp, lane;
 
-  template <typename F> __device__ __forceinline__ void run(const Shape& s, F&& store) {
+  template <typename F> __device__ __forceinline__ void run(const Shape& s, int rows, F&& store) {
     Cursor at = cursor;
+    const int slots = ((rows - 1) >> s.shift) + 1, tasks = (rows + s.each - 1) / s.each << s.part_shift;
     int passed = 0;
 #pragma unroll 1
-    for (int task = warp; task < s.tasks; task += kProductWarps) {
+    for (int task = warp; task < tasks; task += kWarps) {
       const int row = (task >> s.part_shift) * s.each, part = task & ((1 << s.part_shift) - 1), slot = row >> s.shift;
       for (;; passed++, at.advance(ring.slots)) {  // every slot in turn: a release must not overtake a refill
         ring.wait(at);
@@ -116,9 +127,9 @@ struct Product {
       warp_sum(sum);
       if (lane == 0) store(row, part, sum[0]);
       // Of an odd number of rows the last has a neighbour too: what the slot held before.
-      if (s.each == 2 && lane == 0 && row + 1 < s.rows) store(row + 1, part, sum[1]);
+      if (s.each == 2 && lane == 0 && row + 1 < rows) store(row + 1, part, sum[1]);
     }
-    for (; passed < s.slots; passed++, at.advance(ring.slots)) {
+    for (; passed < slots; passed++, at.advance(ring.slots)) {
       ring.wait(at);
       __syncwarp();
       if (lane == 0) ring.release(at.slot);
@@ -126,6 +137,23 @@ struct Product {
     cursor = at;
   }
 };
+
+// A tile of 16 rows times 8 columns, 16 values deep.
+template <typename T>
+__device__ __forceinline__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+}
 
 // The same for 16-bit weights on tensor cores.
 //
@@ -135,15 +163,16 @@ struct Product {
 // neighbouring rows never meet in a bank of shared memory. With few rows a row is cut into 2 or 4 pieces, each a row of
 // the tile with a pair of its own. The order of the values inside a product is free, so fragments are loaded by 16 bytes.
 template <typename T> struct TensorProduct {
-  Shape s;
+  const Shape& s;
+  int rows;                // of this block
   const unsigned char* x;  // where this lane's column begins
   int a, below, flip, x_flip, row, pair, piece, lane, warp;
   bool zero;
 
   // Everything that does not depend on the data: time to spend before the data arrive.
-  __device__ __forceinline__ TensorProduct(const Shape& shape, const Vector<T>& v, bool use_low)
-      : s(shape), lane(threadIdx.x & 31), warp(threadIdx.x >> 5) {
-    const int g = lane >> 2, t = lane & 3, seg_shift = s.segments >> 1, length = s.steps * 128;  // log2; bytes of a piece
+  __device__ __forceinline__ TensorProduct(const Shape& shape, int block_rows, const Vector<T>& v, bool use_low)
+      : s(shape), rows(block_rows), lane(threadIdx.x & 31), warp(threadIdx.x >> 5) {
+    const int g = lane >> 2, t = lane & 3, seg_shift = s.segment_shift(), length = s.steps * 128;  // log2; bytes of a piece
     const int pairs = s.segments == 4 ? 4 : 2, x_pair = (g >> 1) & (pairs - 1);
     pair = g & (pairs - 1), piece = g & (s.segments - 1), row = g >> seg_shift;
     below = (8 >> seg_shift) * s.width * 2;
@@ -153,17 +182,17 @@ template <typename T> struct TensorProduct {
     zero = (g & 1) && !use_low;
   }
 
-  // Product warps only. Calls store(row, term, value) from one lane each.
+  // Calls store(row, term, value) from one lane each.
   template <typename F> __device__ __forceinline__ void run(const Ring& ring, Cursor& cursor, F&& store) const {
-    const int length = s.steps * 128, tile_rows = 16 / s.segments, stride = s.whole ? 128 : kProductWarps * 128;
+    const int length = s.steps * 128, tile_rows = s.tile_rows(), stride = s.whole ? 128 : kWarps * 128;
     const int begin = s.whole ? 0 : warp * 128;
     const bool chosen = (lane & 3) == pair;
 #pragma unroll 1
-    for (int first = 0; first < s.rows; first += 1 << s.shift, cursor.advance(ring.slots)) {
+    for (int first = 0; first < rows; first += 1 << s.shift, cursor.advance(ring.slots)) {
       ring.wait(cursor);
-      const int here = min(s.rows - first, 1 << s.shift);
+      const int here = min(rows - first, 1 << s.shift);
       const unsigned char* data = ring.at(cursor.slot) + a;
-      const bool mine = !s.whole || (first >> s.shift) % kProductWarps == warp;
+      const bool mine = !s.whole || (first >> s.shift) % kWarps == warp;
 #pragma unroll 1
       for (int tile = 0; mine && tile < here; tile += tile_rows, data += tile_rows * s.width * 2) {
         float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -174,10 +203,10 @@ template <typename T> struct TensorProduct {
           const uint4 bottom = load(data + at + below), bottom2 = load(data + at + below + flip);
           uint4 v = load(x + at), v2 = load(x + at + x_flip);
           if (zero) v = v2 = make_uint4(0, 0, 0, 0);
-          multiply(c, top.x, bottom.x, top.y, bottom.y, v.x, v.y);
-          multiply(c, top.z, bottom.z, top.w, bottom.w, v.z, v.w);
-          multiply(c, top2.x, bottom2.x, top2.y, bottom2.y, v2.x, v2.y);
-          multiply(c, top2.z, bottom2.z, top2.w, bottom2.w, v2.z, v2.w);
+          multiply<T>(c, top.x, bottom.x, top.y, bottom.y, v.x, v.y);
+          multiply<T>(c, top.z, bottom.z, top.w, bottom.w, v.z, v.w);
+          multiply<T>(c, top2.x, bottom2.x, top2.y, bottom2.y, v2.x, v2.y);
+          multiply<T>(c, top2.z, bottom2.z, top2.w, bottom2.w, v2.z, v2.w);
         }
         float upper = c[0] + c[1], lower = c[2] + c[3];  // of use in the lane where the columns are the pair's
         const int row_a = tile + row, row_b = row_a + tile_rows / 2;
@@ -206,22 +235,92 @@ template <typename T> struct TensorProduct {
 
  private:
   __device__ __forceinline__ static uint4 load(const unsigned char* p) { return *reinterpret_cast<const uint4*>(p); }
-  __device__ __forceinline__ static void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                                  uint32_t b0, uint32_t b1) {
-    if constexpr (std::is_same_v<T, __half>) {
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-    } else {
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-          : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+};
+
+// 16-bit, few rows and a short vector: every warp has kChunks chunks of 64 values, of all rows, and takes its weights into
+// registers before the vector is there. What remains then is a load and a few independent products.
+//
+// The two halves of a tile are the even and the odd words of the same 8 rows, so that 16 bytes from shared memory are a
+// fragment as they lie there. Of a chunk's two halves of 64 bytes odd rows take the second first: no bank conflicts. The
+// columns are, high and low part each, half 0 even, half 0 odd, half 1 even, half 1 odd; each lane finds in its columns one
+// of the four sums that make up a row's result: they go to shared memory as four terms.
+template <typename T, int kChunks> struct HeldProduct {
+  static constexpr int kGroups = kHeldUnits / kChunks;
+  uint4 held[kGroups][kChunks][2];
+  int width, rows, lane, warp;
+  int x_at, terms_at;
+  bool low, other, odd;
+
+  __device__ __forceinline__ HeldProduct(const Vector<T>& v, int vector, int block_rows, int own_lane, int own_warp)
+      : width(vector), rows(block_rows), lane(own_lane), warp(own_warp) {
+    const int g = lane >> 2, t = lane & 3;
+    x_at = keep(warp * kChunks * 128 + (g >> 2) * 64 + t * 16 + (g >> 1 & 1) * 8 + (g & 1) * v.low);
+    terms_at = keep(g * kHeldTerms + warp * 4 + t);
+    low = g & 1, other = (t >> 1) != (g & 1), odd = t & 1;
+  }
+
+  __device__ __forceinline__ bool has(int chunk) const { return (warp * kChunks + chunk) * 64 < width; }
+
+  __device__ __forceinline__ void hold(const Ring& ring, Cursor cursor, int shift) {
+    const int g = lane >> 2, at = (lane & 3) * 16 + (g & 1) * 64, flip = g & 1 ? -64 : 64;
+#pragma unroll
+    for (int i = 0; i < kGroups; i++) {
+#pragma unroll
+      for (int k = 0; k < kChunks; k++) held[i][k][0] = held[i][k][1] = make_uint4(0, 0, 0, 0);  // else it is live always
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; i++) {
+      const int in_slot = (8 * i) & ((1 << shift) - 1);
+      if (8 * i >= rows) break;
+      if (i > 0 && in_slot == 0) cursor.advance(ring.slots);
+      if (in_slot == 0) ring.wait(cursor);
+      // Rows past the last are read too, whatever is there: their results go nowhere.
+      const unsigned char* data = ring.at(cursor.slot) + ((in_slot + g) * width + warp * kChunks * 64) * 2 + at;
+#pragma unroll
+      for (int k = 0; k < kChunks; k++) {
+        if (!has(k)) break;
+        held[i][k][0] = *reinterpret_cast<const uint4*>(data + k * 128);
+        held[i][k][1] = *reinterpret_cast<const uint4*>(data + k * 128 + flip);
+      }
+    }
+  }
+
+  // The results of row r go to terms + r * kHeldTerms, those of rows that the block does not have too.
+  __device__ __forceinline__ void run(const Vector<T>& v, bool use_low, float* terms) const {
+    float c[kGroups][2][4] = {};
+#pragma unroll
+    for (int k = 0; k < kChunks; k++) {
+      uint2 b = *reinterpret_cast<const uint2*>(v.at + x_at + k * 128);
+      if (!has(k) || (!use_low && low)) b = make_uint2(0, 0);
+#pragma unroll
+      for (int i = 0; i < kGroups; i++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const uint4& a = held[i][k][h];
+          multiply<T>(c[i][h], a.x, a.y, a.z, a.w, b.x, b.y);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroups; i++) {
+      const float even_sum = other ? c[i][1][0] + c[i][1][1] : c[i][0][0] + c[i][0][1];
+      const float odd_sum = other ? c[i][1][2] + c[i][1][3] : c[i][0][2] + c[i][0][3];
+      terms[terms_at + 8 * i * kHeldTerms] = odd ? odd_sum : even_sum;
+    }
+  }
+
+  // When the weights are used up.
+  __device__ __forceinline__ void release(const Ring& ring, Cursor& cursor, int shift) const {
+#pragma unroll 1
+    for (int i = 0; i < rows; i += 1 << shift, cursor.advance(ring.slots)) {
+      if (lane == 0) ring.release(cursor.slot);
     }
   }
 };
 
-template <typename T> __device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
+template <typename T> __device__ __forceinline__ float rounded(float v) {
+  if constexpr (sizeof(T) == 2) return to_float2(from_float2<T>(v, v)).x;  // pairs convert faster than one value
+  else return v;
+}
 
 }  // namespace mamba::decode

@@ -133,6 +133,24 @@ __device__ __forceinline__ ulonglong2 peek(const Word* from) {
   return v;
 }
 
+// A word that every block adds to: the number of blocks that have in the high 16 bits, the sum of their values as an integer
+// in the low 48. Integers add up to the same in any order. Nobody clears a word: readers subtract what it was a layer ago.
+constexpr float kSumUnit = 1.0f / (1 << 25), kSumMost = 5e11f;  // a unit; a block's most, in units: kMostBlocks of them < 2^47
+
+// Four words to a line of 128 bytes: atomics on different lines go to different parts of the L2.
+__host__ __device__ constexpr int sum_place(int i) { return i / 4 * 16 + i % 4; }
+
+__device__ __forceinline__ void add_to_sum(Word* to, float value) {
+  const float units = fminf(fmaxf(value * (1.0f / kSumUnit), -kSumMost), kSumMost);
+  const Word amount = (Word(1) << 48) + Word(llrintf(units));
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(to), "l"(amount) : "memory");
+}
+// Of what came since the last time: whether it is from all blocks, and the sum then.
+__device__ __forceinline__ bool sum_whole(Word since, int blocks) { return int((since + (Word(1) << 47)) >> 48) == blocks; }
+__device__ __forceinline__ float sum_value(Word since, int blocks) {
+  return float(static_cast<long long>(since - (Word(blocks) << 48))) * kSumUnit;
+}
+
 // Receives `words` words (an even number), two to a thread and turn; f(i, a, b) gets the data of words i and i + 1.
 template <int kThreads, typename F>
 __device__ __forceinline__ void receive(const Word* from, int words, uint32_t epoch, int thread, F&& f) {
@@ -154,7 +172,7 @@ __device__ __forceinline__ void receive(const Word* from, int words, uint32_t ep
   __syncwarp();
 #pragma unroll 1
   for (int base = thread; base < pairs; base += kDepth * kThreads) {
-    ulonglong2 v[kDepth];
+    ulonglong2 v[kDepth] = {};
     bool all;
     do {
       all = true;

@@ -17,7 +17,7 @@ template <typename T> bool make_plan(const Params& p, Plan& plan) {
   while (plan.unit * dt_width * es % 16) plan.unit *= 2;
   if (p.d_inner % plan.unit) return false;
   const int units = p.d_inner / plan.unit;
-  plan.blocks = sm_count();
+  plan.blocks = sm_count() < kMostBlocks ? sm_count() : kMostBlocks;
   for (int most : {units, p.d_model, p.vocab_size}) plan.blocks = most < plan.blocks ? most : plan.blocks;
   plan.x_rows = (mamba1 ? p.dt_rank : p.nheads) + 2 * groups * p.d_state;
   if (plan.x_rows % 2) return false;
@@ -45,23 +45,21 @@ template <typename T> bool make_plan(const Params& p, Plan& plan) {
   plan.slot_channels = mamba1 ? plan.slot_bytes / row_channel / plan.unit * plan.unit : plan.channels_most;
   if (plan.slot_channels < plan.unit) return false;
   const int x_most = ceil_div(plan.x_rows, plan.blocks), out_most = ceil_div(p.d_model, plan.blocks);
-  auto partials = [&](int rows, int width, int shift) {  // of any block, which may have fewer rows
-    int most = 0;
-    for (int n = rows; n > 0 && n >= rows - 2 * plan.unit - 1; n--) {
-      most = larger(most, n * shape_of<T>(n, width, shift, false).terms);
-    }
-    return most;
-  };
-  plan.partials = larger(larger(partials(2 * plan.channels_most + (mamba1 ? 0 : x_most), p.d_model, plan.shift_model),
-                                partials(x_most, p.d_inner, plan.shift_inner)),
-                         larger(partials(out_most, p.d_inner, plan.shift_inner), 2 * kWarps));
+  const int in_most = 2 * plan.channels_most + (mamba1 ? 0 : x_most);
+  plan.shapes[kIn] = shape_of<T>(in_most, p.d_model, plan.shift_model, 1, false);
+  plan.shapes[kOut] = shape_of<T>(out_most, p.d_inner, plan.shift_inner, 2, false);
+  plan.shapes[kHead] = shape_of<T>(ceil_div(p.vocab_size, plan.blocks), p.d_model, plan.shift_model, 0, true);
+  plan.held = plan.shapes[kIn].held && plan.shapes[kOut].held;
+  plan.partials = larger(larger(in_most * plan.shapes[kIn].terms, out_most * plan.shapes[kOut].terms), 2 * kWarps);
+  if (plan.held) plan.partials = (kHeldRows + 1) * kHeldTerms;
+  plan.partials = ceil_div(plan.partials, 4) * 4;
+  plan.x_stride = (plan.channels_most * es / 4) | 1;
+  plan.words_x = mamba1 ? ceil_div(plan.x_rows, 4) * 16 : plan.x_rows;
   plan.words_y = p.d_inner / (es == 2 ? 2 : 1);
-  plan.words_u = mamba1 ? plan.words_y : 0;
-  plan.words_x = plan.x_rows;
   plan.words_hidden = p.d_model;
   plan.words_best = 2 * plan.blocks;
 
-  const Carve c = carve<T>(p, plan);
+  const Carve& c = plan.at = carve<T>(p, plan);
   const size_t most = max_shared_bytes();
   if (c.ring + 3 * size_t(plan.slot_bytes) > most) return false;
   const size_t slots = (most - c.ring) / plan.slot_bytes;
@@ -121,10 +119,17 @@ bool covers_fused(const Params& p, Plan& plan) {
 }
 bool covers_chain(const Params& p) { return p.n_steps == 1 && !p.output_ids; }
 
+template <typename T, int kFamily> auto kernel_of(const Plan& plan) {
+  if constexpr (sizeof(T) == 2) {
+    if (plan.held) return stack_kernel<T, kFamily, true>;
+  }
+  return stack_kernel<T, kFamily, false>;
+}
+
 template <typename T> int launch_fused(const Params& p, const Plan& plan, cudaStream_t stream) {
   Layers layers;
   for (int i = 0; i < p.n_layer; i++) layers.layer[i] = p.layers[i];
-  const auto kernel = p.family == 1 ? stack_kernel<T, 1> : stack_kernel<T, 2>;
+  const auto kernel = p.family == 1 ? kernel_of<T, 1>(plan) : kernel_of<T, 2>(plan);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)) != cudaSuccess ||
       cudaMemsetAsync(p.workspace, 0, plan.words() * sizeof(Word), stream) != cudaSuccess) {
     return MAMBA_ERROR_CUDA;

@@ -58,9 +58,11 @@ ASSEMBLY = {
     "createpolicy": "policy = 0",
     "cp.async.bulk": "emulation::bulk(to, piece.source, piece.bytes, full)",
     "cp.async.mbarrier.arrive": "std::abort()",
+    "red.relaxed": "*to += amount",
     "st.relaxed": "*to = make_word(data, epoch)",
     "ld.relaxed": "emulation::yield(); v = *reinterpret_cast<const ulonglong2*>(from)",
     "bar.sync 1": "emulation::block_barrier(1, kThreads)",
+    "// keep": "",
     "mma.sync": "emulated_mma<T>(c, {a0, a1, a2, a3, b0, b1})",
 }
 
@@ -130,7 +132,7 @@ def mamba1(d_model: int, **changes: Any) -> ModelSpec:
 
 
 def mamba2(d_model: int, **changes: Any) -> ModelSpec:
-    d_inner = 2 * d_model
+    d_inner = changes.pop("d_inner", 2 * d_model)
     fields = {"d_state": 16, "headdim": 32, "nheads": d_inner // 32, "n_layer": 2} | changes
     return ModelSpec(
         family="mamba2", d_model=d_model, d_inner=d_inner, d_ssm=d_inner, vocab_size=61, padded_vocab_size=64,
@@ -143,7 +145,10 @@ CASES = {
     "mamba1 bf16": (mamba1(64), "bf16", 3, 96),
     "mamba1 fp16": (mamba1(64, n_layer=1, d_inner=192, d_state=64, residual_in_fp32=False, dt_rank=10), "fp16", 3, 128),
     "mamba1 fp32": (mamba1(72, n_layer=1, d_conv=3, dt_rank=6, tie_embeddings=False), "fp32", 2, 64),
+    "mamba1 bf16 held": (mamba1(64, d_inner=64), "bf16", 4, 96),  # a warp's weights in registers
+    "mamba1 bf16 wide": (mamba1(128, n_layer=1, d_state=64, dt_rank=16), "bf16", 4, 160),  # dt, B, C by the whole block
     "mamba2 bf16": (mamba2(64, n_layer=1, ngroups=2), "bf16", 3, 96),
+    "mamba2 fp16 held": (mamba2(64, ngroups=1, d_inner=64), "fp16", 6, 96),
 }
 
 
