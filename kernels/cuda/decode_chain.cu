@@ -37,6 +37,8 @@ int64_t place_buffers(const Params& p, Buffers& s) {
 // Whether rows may be read 16 bytes at a time.
 template <typename T> bool vectorizes(const void* w, int width) { return width * sizeof(T) % 16 == 0 && aligned(w, 16); }
 
+constexpr int kXShared = kMiddleThreads / 32 * 2 * int(sizeof(float));  // of x_kernel
+
 // A product's launch: a block to a multiprocessor, or more where one would have too many rows.
 struct Launch {
   dim3 grid;
@@ -82,7 +84,7 @@ template <typename T, int kFamily, int kIn, int kOut> struct Chain {
     const int channels = spread < kMiddleThreads / 8 ? spread : kMiddleThreads / 8;
     const dim3 scan_grid(ceil_div(p.d_inner, channels), p.batch);
 
-    bool ok = allow_shared(embed_kernel<T>, 0) && allow_shared(x_kernel<T>, 0) &&
+    bool ok = allow_shared(embed_kernel<T>, 0) && allow_shared(x_kernel<T>, kXShared) &&
               allow_shared(scan_kernel<T, kFamily>, x_rows * sizeof(float)) &&
               allow_shared(in_kernel<T, kFamily, kIn>, in.shared) && allow_shared(out_kernel<T, kOut>, out.shared) &&
               allow_shared(head_kernel<T, kIn>, head.shared);
@@ -95,8 +97,8 @@ template <typename T, int kFamily, int kIn, int kOut> struct Chain {
       if (kFamily == 1) {
         states = states && aligned(l.A, 16) && p.d_state % 2 == 0 && p.dt_rank % 2 == 0;
         wide_rows = p.dt_rank % 8 == 0 && vectorizes<T>(l.dt_proj, p.dt_rank);
-        ok &= start(x_kernel<T>, dim3(ceil_div(x_rows, 2), p.batch), kMiddleThreads, kMiddleThreads / 32 * 2 * sizeof(float),
-                    stream, p, l, s, p.d_inner % 8 == 0 && vectorizes<T>(l.x_proj, p.d_inner));
+        ok &= start(x_kernel<T>, dim3(ceil_div(x_rows, 2), p.batch), kMiddleThreads, kXShared, stream, p, l, s,
+                    p.d_inner % 8 == 0 && vectorizes<T>(l.x_proj, p.d_inner));
       } else {
         states = states && p.d_state % 4 == 0;
       }
@@ -106,7 +108,8 @@ template <typename T, int kFamily, int kIn, int kOut> struct Chain {
     }
     ok = ok && start(head_kernel<T, kIn>, head.grid, kProductThreads, head.shared, stream, p, s,
                      vectorizes<T>(p.lm_head, p.d_model));
-    return ok ? launch_status() : MAMBA_ERROR_CUDA;
+    const int status = launch_status();  // clears what failed
+    return ok ? status : MAMBA_ERROR_CUDA;
   }
 };
 

@@ -149,10 +149,8 @@ __device__ __forceinline__ void scan(const Worker<T, kFamily>& w, const Layer& l
   ScanChannel<T, kFamily> channel(w);
   int count = channel.open_slot(w, l, cursor, 0);
   if constexpr (kFamily == 1) {
-    const bool alone = take_alone(w.plan.x_rows);
-    if (!alone || w.warp * 4 < count) take_sums(w, turn);
-    if (alone) __syncwarp();
-    else block_sync();
+    take_sums(w, turn);
+    block_sync();
   } else {
     receive<kThreads>(w.sent_x, w.plan.words_x, epoch, w.tid, [&](int i, uint32_t a, uint32_t b) {
       *reinterpret_cast<float2*>(w.xdb + i) = make_float2(__uint_as_float(a), __uint_as_float(b));

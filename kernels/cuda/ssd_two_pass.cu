@@ -68,15 +68,16 @@ int launch(TwoPassKernel kernel, dim3 grid, int threads, int shared, bool overla
 
 bool allow_shared(const void* kernel, int bytes) {
   static std::atomic<uint64_t> known[256];
+  static std::atomic<int> allowed[256];  // one kernel may be launched with more than before: its bytes depend on d_state
   int device = 0;
   cudaGetDevice(&device);
   const uint64_t key = (static_cast<uint64_t>(reinterpret_cast<uintptr_t>(kernel)) << 6 | (device & 63)) + 1;
   for (uint64_t i = 0, at = key * 0x9e3779b97f4a7c15ull >> 56; i < 256; i++, at = (at + 1) % 256) {
-    const uint64_t found = known[at].load(std::memory_order_relaxed);
-    if (found == key) return true;
-    if (found != 0) continue;
+    uint64_t found = 0;
+    if (!known[at].compare_exchange_strong(found, key) && found != key) continue;
+    if (allowed[at].load() >= bytes) return true;
     if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) != cudaSuccess) return false;
-    known[at].store(key, std::memory_order_relaxed);
+    allowed[at].store(bytes);
     return true;
   }
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;

@@ -117,8 +117,8 @@ def test_matches_float64(name: str, dtype: str) -> None:
     weights = weights_of(spec, dtype, seed=len(name))
     ids = torch.randint(spec.vocab_size, (6, 1), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     exact, rounded = (run_torch(spec, weights, d, ids) for d in ("fp64", dtype))
-    # Rounding grows as the model does: ours may err as the torch model of that dtype does, or by the tolerance.
-    allowed = [max(DTYPES[dtype], 2 * error(r, e)) for r, e in zip(rounded, exact, strict=True)]
+    # Rounding grows as the model does: ours may err about as the torch model of that dtype does, or by the tolerance.
+    allowed = [max(DTYPES[dtype], 3 * error(r, e)) for r, e in zip(rounded, exact, strict=True)]
     stack = DecodeStack(spec, weights)
     assert ("fused" in stack.covers()) == ("odd" not in name), stack.covers()
     for tactic in tactics(stack):
