@@ -6,6 +6,8 @@ import math
 
 from mamba_export.spec import ModelSpec
 
+OP_TYPE = "MambaDecodeStack"
+"""The node that holds the whole step."""
 _BEFORE = ("norm.weight", "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias")
 PARAMETERS = {
     "mamba1": (

@@ -6,9 +6,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mamba_export.fused_step import parameter_names
+from mamba_export.fused_step import OP_TYPE, parameter_names
 from mamba_export.graph.lower import PLUGIN_ATTRIBUTES
-from mamba_export.ops.decode_stack import OP_TYPE, attributes_of_spec
+from mamba_export.ops.decode_stack import attributes_of_spec
 from mamba_export.ops.opdef import DOMAIN, VERSION
 from mamba_export.spec import ModelSpec
 
@@ -32,7 +32,8 @@ class FuseStepPass(ir.passes.InPlacePass):
         body_inputs: dict[str, ir.Value] = {}
         formal = []
         for i, value in enumerate(inputs):
-            twin = ir.Value(name=f"in_{i}", type=value.type, shape=value.shape)
+            # A name that no function within the body has for an input: TensorRT's parser takes them for one value.
+            twin = ir.Value(name=f"operand_{i}", type=value.type, shape=value.shape)
             formal.append(twin)
             body_inputs.setdefault(value.name or "", twin)
         graph.outputs.clear()

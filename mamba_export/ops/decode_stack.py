@@ -18,15 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_export.errors import UsageError
-from mamba_export.fused_step import unsupported
+from mamba_export.fused_step import OP_TYPE, unsupported
 from mamba_export.ops.causal_conv1d import causal_conv1d_reference
 from mamba_export.ops.opdef import DOMAIN, VERSION
 from mamba_export.ops.rms_norm import add_rms_norm_reference, normalize
 from mamba_export.ops.selective_scan import selective_scan_reference
 from mamba_export.ops.ssd_scan import ssd_scan_reference
 from mamba_export.spec import ModelSpec
-
-OP_TYPE = "MambaDecodeStack"
 
 ATTRIBUTES = {
     "family": (1, "1: Mamba-1, 2: Mamba-2"),

@@ -93,6 +93,13 @@ def test_every_checkpoint_builds_through_the_plugin_library(
     assert file_sha256(bundle.file("engines/libmamba_plugins.so")) == file_sha256(Path(plugin.path))
 
 
+def test_a_fused_step_builds_through_its_function_body(copy_bundle: CopyBundle, show: Built) -> None:
+    bundle = copy_bundle(fuse_step=True)
+    result = build_engines(bundle, options())
+    show("mamba1-tiny, fused", result)
+    assert "PLUGIN_V3" not in result.engines[1]["layers"]
+
+
 @pytest.mark.slow
 def test_polygraphy_alone_builds_through_the_plugin_library(
     copy_bundle: CopyBundle, plugin: PluginLibrary, tmp_path: Path

@@ -12,9 +12,9 @@ import torch
 
 from mamba_export import Bundle, export_onnx, open_checkpoint
 from mamba_export.errors import UsageError
-from mamba_export.fused_step import parameter_names
+from mamba_export.fused_step import OP_TYPE, parameter_names
 from mamba_export.models.weights import load_model
-from mamba_export.ops.decode_stack import OP_TYPE, SCHEMA, attributes_of_spec, decode_stack_reference
+from mamba_export.ops.decode_stack import SCHEMA, attributes_of_spec, decode_stack_reference
 from mamba_export.states import state_table
 from tests.make_checkpoints import make_statespaces
 from tests.models.traced import traced_once
