@@ -4,7 +4,8 @@ Inputs: input_ids [B, 1]; then, variadic, the states in the order of the state t
 head, and of every layer the parameters that :data:`mamba_export.fused_step.PARAMETERS` lists. Outputs: logits
 [B, 1, vocab], then the present states.
 Unlike the other ops it is not traced: :class:`mamba_export.graph.fuse.FuseStepPass` makes it from a step graph, whose
-nodes become its function body. A kernel for it runs the model in one launch (kernels/cuda/decode_stack.cu).
+nodes become its function body. The kernels behind it are decode_stack of kernels/cuda; their adapters read the inputs
+in this order too (kernels/cuda/include/mamba/decode_stack_operands.h).
 """
 
 from __future__ import annotations

@@ -101,6 +101,23 @@ def test_a_fused_step_builds_through_its_function_body(copy_bundle: CopyBundle, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_a_fused_step_builds_as_one_plugin_layer(
+    checkpoint: str,
+    find_checkpoint: Callable[[str], Path],
+    copy_bundle: CopyBundle,
+    plugin: PluginLibrary,
+    show: Built,
+) -> None:
+    bundle = copy_bundle(ckpt=find_checkpoint(checkpoint), fuse_step=True)
+    result = build_engines(bundle, options(plugin=Path(plugin.path)))
+    show(f"{checkpoint}, fused", result)
+    prefill, step = (entry["layers"] for entry in result.engines)
+    assert prefill["PLUGIN_V3"] == 2 * bundle.spec.n_layer
+    assert set(step) == {"CONSTANT", "PLUGIN_V3"} and step["PLUGIN_V3"] == 1
+
+
+@pytest.mark.slow
 def test_polygraphy_alone_builds_through_the_plugin_library(
     copy_bundle: CopyBundle, plugin: PluginLibrary, tmp_path: Path
 ) -> None:

@@ -31,8 +31,8 @@ class KernelOf : public Kernel {
     p = Params{};
     const int status = self().fill(sizes, inputs);
     const std::vector<const void*> in(inputs.size(), aligned_stand_in());
-    void* out[2] = {aligned_stand_in(), aligned_stand_in()};
-    self().bind(in.data(), out);
+    const std::vector<void*> out(signature_of(attributes_).outputs.size(), aligned_stand_in());
+    self().bind(in.data(), out.data());
     return status;
   }
 

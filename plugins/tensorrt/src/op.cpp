@@ -7,8 +7,6 @@
 namespace mamba_plugin {
 namespace {
 
-constexpr InputSpec kSeqLens = {"seq_lens", "B", Kind::kInt32};
-
 std::string number(double value) {
   const std::string text = std::to_string(value);
   const size_t last = text.find_last_not_of('0');
@@ -53,27 +51,20 @@ std::string pick_pattern(const char* patterns, size_t rank) {
 std::string match_shape(const InputSpec& spec, const std::vector<int64_t>& shape, Sizes* sizes) {
   const std::string pattern = pick_pattern(spec.shape, shape.size());
   if (pattern.empty()) {
-    return std::string("input ") + spec.name + " has " + std::to_string(shape.size()) + " dimensions: " +
+    return "input " + spec.name + " has " + std::to_string(shape.size()) + " dimensions: " +
            describe(shape) + ", expected " + spec.shape;
   }
   for (size_t i = 0; i < shape.size(); i++) {
     const int64_t size = wanted(pattern[i], *sizes);
     if (shape[i] < 0) continue;
     if (size >= 0 && size != shape[i]) {
-      return std::string("input ") + spec.name + " has shape " + describe(shape) + ", expected " +
-             expected(pattern, *sizes);
+      return "input " + spec.name + " has shape " + describe(shape) + ", expected " + expected(pattern, *sizes);
     }
-    if (size < 0 && std::isupper(static_cast<unsigned char>(pattern[i]))) sizes->set(pattern[i], shape[i]);
+    if (size >= 0) continue;
+    const bool one_less = std::islower(static_cast<unsigned char>(pattern[i]));
+    sizes->set(static_cast<char>(std::toupper(pattern[i])), shape[i] + one_less);
   }
   return "";
-}
-
-// The types that input `index` may have, in words.
-std::string expected_types(const Attributes& attributes, size_t index, Type activation) {
-  std::string text;
-  for (const Type type : {Type::kFloat32, Type::kFloat16, Type::kBFloat16, Type::kInt32})
-    if (type_allowed(attributes, index, type, activation)) text += (text.empty() ? "" : " or ") + std::string(type_name(type));
-  return text;
 }
 
 }  // namespace
@@ -102,39 +93,56 @@ std::string Attributes::set(size_t index, double value) {
   return "";
 }
 
-std::vector<InputSpec> inputs_of(const Attributes& attributes) {
-  std::vector<InputSpec> inputs = attributes.op().inputs;
-  if (attributes.flag("has_z")) inputs.push_back({"z", attributes.op().gate_shape, Kind::kActivation});
-  if (attributes.flag("ragged")) inputs.push_back(kSeqLens);
-  return inputs;
+Signature signature_of(const Attributes& attributes) {
+  const OpSpec& op = attributes.op();
+  if (op.signature) return op.signature(attributes);
+  Signature signature;
+  signature.inputs = op.inputs;
+  if (attributes.flag("has_z")) signature.inputs.push_back({"z", op.gate_shape, Kind::kActivation});
+  if (attributes.flag("ragged")) signature.inputs.push_back({"seq_lens", "B", Kind::kInt32});
+  signature.outputs = {{0, 0}, {op.state_input, 0}};
+  return signature;
 }
 
-bool type_allowed(const Attributes& attributes, size_t index, Type type, Type activation) {
-  const std::vector<InputSpec> inputs = inputs_of(attributes);
-  if (index >= inputs.size()) return false;
+bool Matcher::type_allowed(size_t index, Type type, Type activation) const {
+  if (index >= signature_.inputs.size()) return false;
   const bool floating = type == Type::kFloat32 || type == Type::kFloat16 || type == Type::kBFloat16;
-  switch (inputs[index].kind) {
-    case Kind::kActivation: return floating && (index == 0 || type == activation);
+  switch (signature_.inputs[index].kind) {
+    case Kind::kActivation: return floating && (index == signature_.activation || type == activation);
     case Kind::kFloat32: return type == Type::kFloat32;
-    case Kind::kState: return type == Type::kFloat32 || (floating && attributes.op().narrow_state);
+    case Kind::kState: return type == Type::kFloat32 || (floating && attributes_.op().narrow_state);
     case Kind::kInt32: return type == Type::kInt32;
+    case Kind::kInt64: return type == Type::kInt64;
   }
   return false;
 }
 
-std::string match(const Attributes& attributes, const std::vector<Tensor>& inputs, Sizes* sizes) {
-  const std::vector<InputSpec> specs = inputs_of(attributes);
+// The types that input `index` may have, in words.
+std::string Matcher::expected_types(size_t index, Type activation) const {
+  std::string text;
+  for (const Type type : {Type::kFloat32, Type::kFloat16, Type::kBFloat16, Type::kInt32, Type::kInt64})
+    if (type_allowed(index, type, activation)) text += (text.empty() ? "" : " or ") + std::string(type_name(type));
+  return text;
+}
+
+std::string Matcher::match(const std::vector<Tensor>& inputs, Sizes* sizes) const {
+  const std::vector<InputSpec>& specs = signature_.inputs;
   if (inputs.size() != specs.size()) {
-    return "the node has " + std::to_string(inputs.size()) + " inputs, its attributes (has_z, ragged) ask for " +
+    return "the node has " + std::to_string(inputs.size()) + " inputs, its attributes ask for " +
            std::to_string(specs.size());
   }
-  for (size_t i = 0; i < specs.size(); i++) {
-    if (!type_allowed(attributes, i, inputs[i].type, inputs[0].type))
-      return std::string("input ") + specs[i].name + " has type " + type_name(inputs[i].type) + ", expected " + expected_types(attributes, i, inputs[0].type);
+  const Type activation = inputs[signature_.activation].type;
+  for (size_t k = 0; k < specs.size(); k++) {
+    const size_t i = (k + signature_.first) % specs.size();
+    if (!type_allowed(i, inputs[i].type, activation)) {
+      return "input " + specs[i].name + " has type " + type_name(inputs[i].type) + ", expected " +
+             expected_types(i, activation);
+    }
     const std::string wrong = match_shape(specs[i], inputs[i].shape, sizes);
     if (!wrong.empty()) return wrong;
   }
-  return "";
+  const auto relations = attributes_.op().relations;
+  return relations ? relations(attributes_, *sizes) : "";
 }
 
 int dtype_code(Type type) {

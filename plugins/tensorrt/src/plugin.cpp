@@ -54,12 +54,13 @@ bool near(int64_t length, int64_t tuned) {
 }  // namespace
 
 Plugin::Plugin(const Attributes& attributes, std::string node)
-    : attributes_(attributes), node_(std::move(node)), kernel_(attributes.op().make(attributes)),
+    : attributes_(attributes), matcher_(std::make_shared<Matcher>(attributes)), node_(std::move(node)),
+      kernel_(attributes.op().make(attributes)),
       sized_for_gpu_(gpu_present()) {}
 
 Plugin::Plugin(const Plugin& other)
     : IPluginV3(), IPluginV3OneCore(), IPluginV3OneBuild(), IPluginV3OneRuntime(), attributes_(other.attributes_),
-      node_(other.node_), kernel_(other.kernel_->clone()), inputs_(other.inputs_),
+      matcher_(other.matcher_), node_(other.node_), kernel_(other.kernel_->clone()), inputs_(other.inputs_),
       tuned_{other.tuned_[0], other.tuned_[1]}, sized_for_gpu_(other.sized_for_gpu_), tactic_(other.tactic_),
       launch_tactic_(other.launch_tactic_), launch_workspace_(other.launch_workspace_), ready_(other.ready_) {}
 
@@ -94,12 +95,14 @@ const char* Plugin::getPluginNamespace() const noexcept { return kNamespace; }
 int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t nb_inputs, const DynamicPluginTensorDesc*,
                                 int32_t nb_outputs) noexcept {
   return guarded(-1, [&] {
-    if (nb_outputs != getNbOutputs()) return fail("the node has " + std::to_string(nb_outputs) + " outputs, not 2");
+    if (nb_outputs != getNbOutputs()) {
+      return fail("the node has " + std::to_string(nb_outputs) + " outputs, not " + std::to_string(getNbOutputs()));
+    }
     Sizes declared, best;
-    std::string wrong = match(attributes_, tensors_of(in, nb_inputs, [](auto& d) { return d.desc.dims; }), &declared);
+    std::string wrong = matcher_->match(tensors_of(in, nb_inputs, [](auto& d) { return d.desc.dims; }), &declared);
     if (!wrong.empty()) return fail(wrong);
     inputs_ = tensors_of(in, nb_inputs, [](auto& d) { return d.opt; });
-    wrong = match(attributes_, inputs_, &best);
+    wrong = matcher_->match(inputs_, &best);
     if (!wrong.empty()) return fail(wrong);
     tuned_[0] = best.at('B'), tuned_[1] = best.at('L');
     return 0;
@@ -109,25 +112,31 @@ int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t nb_in
 int32_t Plugin::getOutputDataTypes(DataType* output_types, int32_t nb_outputs, const DataType* input_types,
                                    int32_t nb_inputs) const noexcept {
   return guarded(-1, [&] {
-    const size_t expected = inputs_of(attributes_).size();
-    if (nb_outputs != 2 || nb_inputs < 0 || static_cast<size_t>(nb_inputs) != expected) {
+    const size_t expected = input_specs().size();
+    if (nb_outputs != getNbOutputs() || nb_inputs < 0 || static_cast<size_t>(nb_inputs) != expected) {
       return fail("the node has " + std::to_string(nb_inputs) + " inputs and " + std::to_string(nb_outputs) +
-                  " outputs, expected " + std::to_string(expected) + " (by has_z, ragged) and 2");
+                  " outputs, its attributes ask for " + std::to_string(expected) + " and " +
+                  std::to_string(getNbOutputs()));
     }
-    output_types[0] = input_types[0];
-    output_types[1] = input_types[attributes_.op().state_input];
+    for (const OutputSpec& output : matcher_->signature().outputs)
+      *output_types++ = output.columns ? DataType::kFLOAT : input_types[output.like];
     return 0;
   });
 }
 
 int32_t Plugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t nb_inputs, const nvinfer1::DimsExprs*,
                                 int32_t, nvinfer1::DimsExprs* outputs, int32_t nb_outputs,
-                                nvinfer1::IExprBuilder&) noexcept {
+                                nvinfer1::IExprBuilder& builder) noexcept {
   return guarded(-1, [&] {
-    if (nb_outputs != 2 || nb_inputs <= attributes_.op().state_input)
-      return fail("the node has " + std::to_string(nb_inputs) + " inputs and " + std::to_string(nb_outputs) + " outputs");
-    outputs[0] = inputs[0];
-    outputs[1] = inputs[attributes_.op().state_input];
+    if (nb_outputs != getNbOutputs() || static_cast<size_t>(nb_inputs) != input_specs().size()) {
+      return fail("the node has " + std::to_string(nb_inputs) + " inputs and " + std::to_string(nb_outputs) +
+                  " outputs");
+    }
+    for (const OutputSpec& output : matcher_->signature().outputs) {
+      *outputs = inputs[output.like];
+      if (output.columns) outputs->d[outputs->nbDims++] = builder.constant(output.columns);
+      outputs++;
+    }
     return 0;
   });
 }
@@ -138,9 +147,15 @@ bool Plugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDes
     if (pos < 0 || pos >= nb_inputs + nb_outputs) return false;
     const PluginTensorDesc& desc = in_out[pos].desc;
     if (desc.format != nvinfer1::TensorFormat::kLINEAR) return false;
-    if (pos >= nb_inputs)
-      return desc.type == in_out[pos == nb_inputs ? 0 : attributes_.op().state_input].desc.type;
-    return type_allowed(attributes_, static_cast<size_t>(pos), type_of(desc.type), type_of(in_out[0].desc.type));
+    const Signature& signature = matcher_->signature();
+    if (pos >= nb_inputs) {
+      if (pos - nb_inputs >= getNbOutputs()) return false;
+      const OutputSpec& output = signature.outputs[static_cast<size_t>(pos - nb_inputs)];
+      return desc.type == (output.columns ? DataType::kFLOAT : in_out[output.like].desc.type);
+    }
+    // Of the others only those before `pos` are decided; the activations' own type is.
+    const auto activation = std::min(signature.activation, static_cast<size_t>(pos));
+    return matcher_->type_allowed(static_cast<size_t>(pos), type_of(desc.type), type_of(in_out[activation].desc.type));
   });
 }
 
@@ -149,7 +164,7 @@ size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t nb_in
   return guarded<size_t>(0, [&]() -> size_t {
     Sizes sizes;
     const std::vector<Tensor> largest = tensors_of(in, nb_inputs, [](auto& d) { return d.max; });
-    const std::string wrong = match(attributes_, largest, &sizes);
+    const std::string wrong = matcher_->match(largest, &sizes);
     if (!wrong.empty()) {
       fail(wrong);
       return 0;
@@ -160,7 +175,7 @@ size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t nb_in
 
 std::vector<int32_t> Plugin::tactics_at_optimum() {
   Sizes sizes;
-  if (!gpu_present() || !match(attributes_, inputs_, &sizes).empty()) return {};
+  if (!gpu_present() || !matcher_->match(inputs_, &sizes).empty()) return {};
   if (kernel_->set_shapes(sizes, inputs_) != MAMBA_OK) return {};
   const size_t bound = workspace_bound(*kernel_, sizes, inputs_, sized_for_gpu_, 0);
   std::vector<int32_t> found = {-1};
@@ -221,7 +236,7 @@ int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t nb_inputs, con
     std::vector<Tensor> inputs;
     for (int32_t i = 0; i < nb_inputs; i++) inputs.push_back(tensor_of(in[i].type, in[i].dims));
     Sizes sizes;
-    const std::string wrong = match(attributes_, inputs, &sizes);
+    const std::string wrong = matcher_->match(inputs, &sizes);
     if (!wrong.empty()) return fail(wrong);
     inputs_ = std::move(inputs);
     int status = kernel_->set_shapes(sizes, inputs_);
@@ -235,7 +250,7 @@ int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t nb_inputs, con
 int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
                         void* const* outputs, void* workspace, cudaStream_t stream) noexcept {
   return guarded(-1, [&] {
-    if (!ready_ && onShapeChange(in, static_cast<int32_t>(inputs_of(attributes_).size()), out, 2) != 0) return -1;
+    if (!ready_ && onShapeChange(in, static_cast<int32_t>(input_specs().size()), out, getNbOutputs()) != 0) return -1;
     if (!inputs || !outputs) return fail("no buffers were given");
     if (launch_workspace_ > 0 && !workspace)
       return fail("the workspace is null, " + std::to_string(launch_workspace_) + " bytes are needed");
@@ -243,9 +258,8 @@ int32_t Plugin::enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out,
     if (status == MAMBA_ERROR_TACTIC)  // chosen for buffers aligned as TensorRT's are, and these are not
       status = kernel_->launch(inputs, outputs, -1, workspace, launch_workspace_, stream);
     if (status == MAMBA_OK) return 0;
-    const std::vector<InputSpec> specs = inputs_of(attributes_);
-    for (size_t i = 0; i < specs.size() && status == MAMBA_ERROR_NULL_POINTER; i++)
-      if (!inputs[i]) return fail(std::string("input ") + specs[i].name + " has no buffer");
+    for (size_t i = 0; i < input_specs().size() && status == MAMBA_ERROR_NULL_POINTER; i++)
+      if (!inputs[i]) return fail("input " + input_specs()[i].name + " has no buffer");
     return fail(mamba_status_string(status));
   });
 }

@@ -50,7 +50,7 @@ class Plugin final : public nvinfer1::IPluginV3,
                           nvinfer1::IExprBuilder& builder) noexcept override;
   bool supportsFormatCombination(int32_t pos, const nvinfer1::DynamicPluginTensorDesc* in_out, int32_t nb_inputs,
                                  int32_t nb_outputs) noexcept override;
-  int32_t getNbOutputs() const noexcept override { return 2; }
+  int32_t getNbOutputs() const noexcept override { return static_cast<int32_t>(matcher_->signature().outputs.size()); }
   size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t nb_inputs,
                           const nvinfer1::DynamicPluginTensorDesc* outputs, int32_t nb_outputs) const noexcept override;
   int32_t getValidTactics(int32_t* tactics, int32_t nb_tactics) noexcept override;
@@ -72,7 +72,10 @@ class Plugin final : public nvinfer1::IPluginV3,
   std::vector<int32_t> tactics_at_optimum();
   int choose_tactic(const Sizes& sizes);
 
+  const std::vector<InputSpec>& input_specs() const { return matcher_->signature().inputs; }
+
   Attributes attributes_;
+  std::shared_ptr<const Matcher> matcher_;  // clones share it
   std::string node_;
   std::unique_ptr<Kernel> kernel_;
   std::vector<Tensor> inputs_;          // as configured (at the optimum of the profile) or as enqueued

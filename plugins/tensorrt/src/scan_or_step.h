@@ -2,6 +2,7 @@
 #ifndef MAMBA_PLUGIN_SCAN_OR_STEP_H_
 #define MAMBA_PLUGIN_SCAN_OR_STEP_H_
 
+#include <algorithm>
 #include <utility>
 
 #include "op.h"
@@ -28,6 +29,14 @@ class ScanOrStep final : public Kernel {
     return active().set_shapes(sizes, inputs);
   }
   size_t workspace(int tactic) const override { return active().workspace(tactic); }
+  // 16 pieces of 256 tokens, each with a state: what the kernels use at most shapes.
+  size_t workspace_without_gpu(const Sizes& sizes, const std::vector<Tensor>& inputs) const override {
+    const std::vector<int64_t>& shape = inputs[7].shape;
+    size_t state = 4 * static_cast<size_t>(sizes['B']);
+    for (size_t i = 1; i < shape.size(); i++) state *= static_cast<size_t>(shape[i]);
+    const auto pieces = static_cast<size_t>(std::min<int64_t>(16, sizes['L'] / 256));
+    return pieces < 2 ? 0 : pieces * (state + state / 8);
+  }
   std::vector<int32_t> tactics() const override { return active().tactics(); }
   int launch(const void* const* inputs, void* const* outputs, int tactic, void* workspace, size_t size,
              mamba_stream stream) override {

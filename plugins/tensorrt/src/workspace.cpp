@@ -13,13 +13,11 @@ int64_t power_of_two_from(int64_t value) {
   return power;
 }
 
-// Without a GPU the kernels can't plan. 16 pieces of 256 tokens, each with a state: what they use at most shapes.
-size_t bound_without_gpu(const Sizes& sizes, const std::vector<Tensor>& inputs, int64_t batch, int64_t seqlen) {
-  size_t state = 4;
-  for (const int64_t size : inputs[7].shape) state *= static_cast<size_t>(size);
-  state = state / static_cast<size_t>(sizes['B']) * static_cast<size_t>(batch);
-  const auto pieces = static_cast<size_t>(std::min<int64_t>(16, seqlen / 256));
-  return pieces < 2 ? 0 : pieces * (state + state / 8);
+Sizes at(const Sizes& sizes, int64_t batch, int64_t seqlen) {
+  Sizes changed = sizes;
+  changed.set('B', batch);
+  if (sizes['L'] >= 0) changed.set('L', seqlen);
+  return changed;
 }
 
 }  // namespace
@@ -31,16 +29,13 @@ bool gpu_present() {
 
 size_t workspace_bound(const Kernel& kernel, const Sizes& sizes, const std::vector<Tensor>& inputs, bool for_gpu,
                        size_t need) {
-  if (sizes['L'] < 0) return 0;  // the ops without a sequence need none
   const int64_t last_batch = power_of_two_from(sizes['B']), last_seqlen = power_of_two_from(sizes['L']);
-  if (!for_gpu) return inputs.size() > 7 ? bound_without_gpu(sizes, inputs, last_batch, last_seqlen) : 0;
+  if (!for_gpu) return kernel.workspace_without_gpu(at(sizes, last_batch, last_seqlen), inputs);
   size_t largest = 0;
   const std::unique_ptr<Kernel> probe = kernel.clone();
   for (int64_t batch = last_batch; batch >= 1; batch /= 2) {
     for (int64_t seqlen = last_seqlen; seqlen >= 1; seqlen /= 2) {
-      Sizes at = sizes;
-      at.set('B', batch), at.set('L', seqlen);
-      probe->set_shapes(at, inputs);
+      probe->set_shapes(at(sizes, batch, seqlen), inputs);
       largest = std::max(largest, probe->workspace(-1));
       if (need > 0 && largest >= need) return largest;
     }

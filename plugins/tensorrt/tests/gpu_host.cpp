@@ -2,11 +2,14 @@
 // all types, tactics, ragged rows with poisoned padding, pieces of a sequence, changing shapes within a profile,
 // clones and engines restored from their fields, 1,000 enqueues in a CUDA graph, and what must be refused.
 //
-//   plugin_gpu_host libmamba_plugins.so [--quick]        --quick: small shapes alone, for compute-sanitizer
+//   plugin_gpu_host libmamba_plugins.so [--quick] [--stack]
+//                        --quick: small shapes alone, for compute-sanitizer; --stack: MambaDecodeStack alone
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 
+#include "gpu_stack.h"
 #include "problem.h"
 
 extern std::atomic<long> g_news;  // count_news.cpp
@@ -362,19 +365,29 @@ void walk_type(const Library& library, DataType type, bool quick) {
   }
 }
 
-}  // namespace
+bool has(int argc, char** argv, const char* option) {
+  return std::any_of(argv + 2, argv + argc, [&](const char* given) { return std::string(given) == option; });
+}
 
-int main(int argc, char** argv) {
-  if (argc < 2) return std::fprintf(stderr, "usage: plugin_gpu_host libmamba_plugins.so [--quick]\n"), 2;
-  const bool quick = argc > 2 && std::string(argv[2]) == "--quick";
-  cudaDeviceProp device;
-  if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return std::fprintf(stderr, "there is no NVIDIA GPU here\n"), 2;
-  std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  const Library library(argv[1]);
+void walk_operators(const Library& library, bool quick) {
   for (const DataType type : kTypes) walk_type(library, type, quick);
   walk_refusals(library, make_problem({Op::kSsd, {1, 2048, 8, 64, 1, 128}, with(true), DataType::kHALF}, 6), true);
   walk_refusals(library, make_problem({Op::kScan, {1, 8192, 64, 1, 1, 16}, with(true), DataType::kHALF}, 7), false);
   walk_refusals(library, make_problem({Op::kConv, {1, 64, 64, 1, 1, 4}, with(false), DataType::kHALF}, 8), false);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 2) return std::fprintf(stderr, "usage: plugin_gpu_host libmamba_plugins.so [--quick] [--stack]\n"), 2;
+  const bool quick = has(argc, argv, "--quick");
+  cudaDeviceProp device;
+  if (cudaGetDeviceProperties(&device, 0) != cudaSuccess) return std::fprintf(stderr, "there is no NVIDIA GPU here\n"), 2;
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  const Library library(argv[1]);
+  if (!has(argc, argv, "--stack")) walk_operators(library, quick);
+  walk_stacks(library, quick);
+  if (!quick) time_stack(library);
   std::printf("%s, TensorRT %d.%d headers: ", device.name, NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR);
   return report();
 }

@@ -41,6 +41,8 @@ const OpSpec& causal_conv1d_op() {
       3,
       false,
       make_kernel<CausalConv1d>,
+      nullptr,
+      nullptr,
   };
   return spec;
 }

@@ -50,6 +50,8 @@ const OpSpec& selective_scan_op() {
       7,
       false,
       make_scan_or_step<SelectiveScan, selective_state_update_op>,
+      nullptr,
+      nullptr,
   };
   return spec;
 }

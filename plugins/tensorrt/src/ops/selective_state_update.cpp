@@ -47,6 +47,8 @@ const OpSpec& selective_state_update_op() {
       7,
       true,
       make_kernel<SelectiveStateUpdate>,
+      nullptr,
+      nullptr,
   };
   return spec;
 }

@@ -16,6 +16,7 @@ const OpSpec& selective_scan_op();
 const OpSpec& selective_state_update_op();
 const OpSpec& ssd_scan_op();
 const OpSpec& ssd_state_update_op();
+const OpSpec& decode_stack_op();
 
 constexpr double kNoLimit = FLT_MAX;  // an upper limit that limits nothing, as the exporter writes it
 

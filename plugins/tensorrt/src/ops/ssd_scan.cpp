@@ -55,6 +55,8 @@ const OpSpec& ssd_scan_op() {
       7,
       false,
       make_scan_or_step<SsdScan, ssd_state_update_op>,
+      nullptr,
+      nullptr,
   };
   return spec;
 }

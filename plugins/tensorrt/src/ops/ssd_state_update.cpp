@@ -51,6 +51,8 @@ const OpSpec& ssd_state_update_op() {
       7,
       true,
       make_kernel<SsdStateUpdate>,
+      nullptr,
+      nullptr,
   };
   return spec;
 }

@@ -1,0 +1,391 @@
+#include "gpu_stack.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <random>
+
+#include "mamba/decode_stack_operands.h"
+#include "problem.h"
+#include "stack_reference.h"
+
+extern std::atomic<long> g_news;  // count_news.cpp
+
+namespace plugin_tests {
+namespace {
+
+namespace stack = mamba::stack;
+constexpr size_t kGuard = 4096;
+
+// d_conv and the groups are Mamba-2's or of both; dt_rank makes it Mamba-1.
+struct Model {
+  const char* name;
+  int64_t layers, d_model, d_inner, d_state, d_conv, dt_rank, heads, groups, vocab, rows;
+  bool fused, wide_residual, tied;
+};
+
+struct Node {
+  Model m;
+  DataType type;
+  int64_t batch;
+  bool mamba1() const { return m.dt_rank > 0; }
+  std::string text() const {
+    return std::string("MambaDecodeStack ") + name_of(type) + " " + m.name + " x" + std::to_string(batch);
+  }
+
+  int64_t size(char letter) const {
+    const int64_t bc = 2 * m.groups * m.d_state;
+    switch (letter) {
+      case 'B': return batch;
+      case 'M': return m.d_model;
+      case 'I': return m.d_inner;
+      case 'N': return m.d_state;
+      case 'K': return m.d_conv;
+      case 'k': return m.d_conv - 1;
+      case 'T': return m.dt_rank;
+      case 'R': return m.dt_rank + bc;
+      case 'H': return m.heads;
+      case 'P': return m.d_inner / m.heads;
+      case 'X': return mamba1() ? m.d_inner : m.d_inner + bc;
+      case 'J': return 2 * m.d_inner + (mamba1() ? 0 : bc + m.heads);
+      case '1': return 1;
+      default: return m.rows;
+    }
+  }
+  DataType type_of(stack::Kind kind) const {
+    return kind == stack::Kind::kIds ? DataType::kINT64 : kind == stack::Kind::kModel ? type : DataType::kFLOAT;
+  }
+  std::vector<stack::Operand> operands() const {
+    return stack::inputs(mamba1() ? 1 : 2, static_cast<int>(m.layers));
+  }
+  size_t states() const { return stack::first_weight(static_cast<int>(m.layers)) - 1; }
+
+  std::vector<PluginTensorDesc> descs() const {
+    std::vector<PluginTensorDesc> all;
+    for (const stack::Operand& operand : operands()) {
+      std::vector<int64_t> dims;
+      for (const char* letter = operand.shape; *letter; letter++) dims.push_back(size(*letter));
+      PluginTensorDesc desc{};
+      desc.type = type_of(operand.kind), desc.format = TensorFormat::kLINEAR, desc.dims = dims_of(dims);
+      all.push_back(desc);
+    }
+    PluginTensorDesc logits{};
+    logits.type = DataType::kFLOAT, logits.format = TensorFormat::kLINEAR, logits.dims = dims_of({batch, 1, m.vocab});
+    all.push_back(logits);
+    for (size_t i = 1; i <= states(); i++) all.push_back(all[i]);
+    return all;
+  }
+
+  std::unique_ptr<IPluginV3> make_plugin(const Library& library) const {
+    const char* names[] = {"family", "n_layer", "dt_rank", "nheads", "ngroups", "vocab_size", "residual_in_fp32"};
+    const int64_t wide[] = {mamba1() ? 1 : 2, m.layers, m.dt_rank, mamba1() ? 0 : m.heads, m.groups, m.vocab, m.wide_residual};
+    std::array<int32_t, 7> values;
+    std::vector<PluginField> fields;
+    for (size_t i = 0; i < values.size(); i++) {
+      values[i] = static_cast<int32_t>(wide[i]);
+      fields.emplace_back(names[i], &values[i], PluginFieldType::kINT32, 1);
+    }
+    return make(library.find("MambaDecodeStack"), fields);
+  }
+};
+
+int64_t volume(const Dims& dims) {
+  int64_t size = 1;
+  for (int32_t i = 0; i < dims.nbDims; i++) size *= dims.d[i];
+  return size;
+}
+size_t bytes_of(const PluginTensorDesc& desc) {
+  return static_cast<size_t>(volume(desc.dims)) * (desc.type == DataType::kINT64 ? 8 : size_of(desc.type));
+}
+
+// Values that keep a model's activations of order one; those of large tensors repeat.
+std::vector<char> random_input(const std::string& name, const PluginTensorDesc& desc, int64_t vocab, unsigned seed) {
+  std::mt19937_64 engine(seed);
+  std::normal_distribution<double> normal;
+  if (desc.type == DataType::kINT64) {
+    std::vector<char> bytes(bytes_of(desc));
+    for (size_t i = 0; i < bytes.size() / 8; i++) {
+      const auto id = static_cast<int64_t>(engine() % static_cast<uint64_t>(vocab));
+      std::memcpy(&bytes[8 * i], &id, 8);
+    }
+    return bytes;
+  }
+  const std::string last = name.substr(name.rfind('.') + 1);
+  const bool norm = last == "norm" || last == "norm_f" || last == "gated_norm";
+  const bool matrix = last.find("proj") != std::string::npos || last == "embedding" || last == "lm_head";
+  const double width = static_cast<double>(desc.dims.d[desc.dims.nbDims - 1]);
+  std::vector<double> values(static_cast<size_t>(volume(desc.dims)));
+  constexpr size_t kRepeat = 4099 * 257;
+  for (size_t i = 0; i < values.size(); i++) {
+    double& value = values[i];
+    if (i >= kRepeat) {
+      value = values[i - kRepeat];
+      continue;
+    }
+    value = normal(engine);
+    if (norm) value = 1.0 + 0.1 * value;
+    if (matrix) value /= std::sqrt(width);
+    if (last == "A") value = -std::exp(0.5 * value);
+    if (last == "dt_bias") value -= 2.0;
+  }
+  return encode(values, desc.type);
+}
+
+// A node with its buffers, on the host for the reference and on the GPU.
+class Run {
+ public:
+  explicit Run(const Node& node) : node_(node), descs_(node.descs()) {
+    const std::vector<stack::Operand> operands = node.operands();
+    for (size_t i = 0; i < operands.size(); i++) {
+      const bool tied = node.m.tied && operands[i].name == "lm_head";
+      const char* name = tied ? "embedding" : operands[i].name.c_str();
+      host_.push_back(random_input(name, descs_[i], node.m.vocab, static_cast<unsigned>(tied ? i - 2 : i) + 1));
+      inputs_.emplace_back(host_.back().size());
+      inputs_.back().upload(host_.back().data());
+      in_.push_back(tied ? in_[i - 2] : inputs_.back().data());
+    }
+    for (size_t i = operands.size(); i < descs_.size(); i++) {
+      outputs_.emplace_back(bytes_of(descs_[i]));
+      out_.push_back(outputs_.back().data());
+    }
+    CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  }
+  ~Run() { cudaStreamDestroy(stream_); }
+
+  void configure(IPluginV3* plugin) {
+    std::vector<DynamicPluginTensorDesc> profile;
+    for (const PluginTensorDesc& desc : descs_) {
+      DynamicPluginTensorDesc fixed{};
+      fixed.desc = desc, fixed.min = fixed.opt = fixed.max = desc.dims;
+      profile.push_back(fixed);
+    }
+    const auto n = static_cast<int32_t>(in_.size()), m = static_cast<int32_t>(out_.size());
+    check(build_of(plugin)->configurePlugin(profile.data(), n, profile.data() + n, m) == 0, node_.text() + " configure");
+    bytes_ = build_of(plugin)->getWorkspaceSize(profile.data(), n, profile.data() + n, m);
+    workspace_ = std::make_unique<Buffer>(bytes_ + kGuard);
+    CUDA(cudaMemset(workspace_->data(), 0xa5, workspace_->bytes()));
+  }
+  bool guard_intact() const {
+    const std::vector<char> bytes = workspace_->download();
+    return std::all_of(bytes.begin() + static_cast<std::ptrdiff_t>(bytes_), bytes.end(),
+                       [](char c) { return static_cast<unsigned char>(c) == 0xa5; });
+  }
+
+  bool shape(IPluginV3* plugin) {
+    const auto n = static_cast<int32_t>(in_.size()), m = static_cast<int32_t>(out_.size());
+    return runtime_of(plugin)->onShapeChange(descs_.data(), n, descs_.data() + n, m) == 0;
+  }
+  bool enqueue(IPluginV3* plugin, const std::vector<const void*>& in, void* workspace) {
+    const PluginTensorDesc* results = descs_.data() + in.size();
+    return runtime_of(plugin)->enqueue(descs_.data(), results, in.data(), out_.data(), workspace, stream_) == 0;
+  }
+  bool once(IPluginV3* plugin) {
+    for (Buffer& output : outputs_) output.poison();
+    CUDA(cudaDeviceSynchronize());  // the stream does not wait for the default one
+    const bool done = shape(plugin) && enqueue(plugin, in_, workspace_->data());
+    CUDA(cudaStreamSynchronize(stream_));
+    return done;
+  }
+  // The inputs with the present states in place of the states.
+  std::vector<const void*> in_place() const {
+    std::vector<const void*> in = in_;
+    for (size_t i = 1; i <= node_.states(); i++) in[i] = out_[i];
+    return in;
+  }
+  void reset_presents() {
+    for (size_t i = 1; i <= node_.states(); i++)
+      CUDA(cudaMemcpyAsync(out_[i], in_[i], outputs_[i].bytes(), cudaMemcpyDeviceToDevice, stream_));
+  }
+
+  std::vector<std::vector<char>> bytes() const {
+    std::vector<std::vector<char>> all;
+    for (const Buffer& output : outputs_) all.push_back(output.download());
+    return all;
+  }
+
+  // Logits and states after so many times the same token, as the outputs hold them.
+  std::vector<std::vector<char>> expected(int steps) const {
+    std::vector<std::vector<char>> out;
+    for (size_t i = 0; i < out_.size(); i++) out.emplace_back(outputs_[i].bytes());
+    for (size_t i = 1; i < out.size(); i++) out[i] = host_[i];
+    std::vector<const void*> in;
+    std::vector<void*> to;
+    for (const std::vector<char>& bytes : host_) in.push_back(bytes.data());
+    for (std::vector<char>& bytes : out) to.push_back(bytes.data());
+    for (size_t i = 1; i <= node_.states(); i++) in[i] = to[i];
+    mamba_decode_stack_params p{};
+    const Model& m = node_.m;
+    const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
+    p.dtype = node_.type == DataType::kFLOAT ? MAMBA_F32 : node_.type == DataType::kHALF ? MAMBA_F16 : MAMBA_BF16;
+    p.family = node_.mamba1() ? 1 : 2, p.batch = narrow(node_.batch), p.n_layer = narrow(m.layers);
+    p.d_model = narrow(m.d_model), p.d_inner = narrow(m.d_inner), p.d_state = narrow(m.d_state), p.d_conv = narrow(m.d_conv);
+    p.dt_rank = narrow(m.dt_rank), p.vocab_size = narrow(m.vocab), p.nheads = narrow(m.heads), p.ngroups = narrow(m.groups);
+    p.residual_fp32 = m.wide_residual, p.norm_eps = p.gated_norm_eps = 1e-5F;
+    std::vector<mamba_decode_layer> layers(static_cast<size_t>(m.layers));
+    stack::bind(&p, layers.data(), in.data(), to.data());
+    for (int step = 0; step < steps; step++) reference_stack(p);
+    return out;
+  }
+
+  void compare(const std::vector<std::vector<char>>& wanted, const std::string& what) {
+    for (size_t i = 0; i < out_.size(); i++) {
+      const DataType type = descs_[in_.size() + i].type;
+      const double off = error(decode(outputs_[i].download(), type), decode(wanted[i], type));
+      (i ? worst_state : worst_y) = std::max(i ? worst_state : worst_y, off);
+      const double allowed = node_.type == DataType::kFLOAT ? 2e-5 : node_.type == DataType::kHALF ? 5e-3 : 4e-2;
+      const std::string output = i ? " state " + std::to_string(i - 1) : " logits";
+      check(off < allowed, what + output + " off by " + std::to_string(off));
+    }
+  }
+
+  const std::vector<const void*>& in() const { return in_; }
+  void* workspace() const { return workspace_->data(); }
+  cudaStream_t stream() const { return stream_; }
+  double worst_y = 0.0, worst_state = 0.0;
+
+ private:
+  Node node_;
+  std::vector<PluginTensorDesc> descs_;
+  std::vector<std::vector<char>> host_;
+  std::vector<Buffer> inputs_, outputs_;
+  std::vector<const void*> in_;
+  std::vector<void*> out_;
+  std::unique_ptr<Buffer> workspace_;
+  size_t bytes_ = 0;
+  cudaStream_t stream_ = nullptr;
+};
+
+std::vector<int32_t> tactics_of(IPluginV3* plugin) {
+  const int32_t count = build_of(plugin)->getNbTactics();
+  std::vector<int32_t> tactics(static_cast<size_t>(count));
+  if (count) check(build_of(plugin)->getValidTactics(tactics.data(), count) == 0, "tactics");
+  tactics.insert(tactics.begin(), 0);
+  return tactics;
+}
+
+cudaGraphExec_t instantiate(cudaStream_t stream) {
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  CUDA(cudaStreamEndCapture(stream, &graph));
+  CUDA(cudaGraphInstantiate(&executable, graph, 0));
+  cudaGraphDestroy(graph);
+  return executable;
+}
+
+using Outputs = std::vector<std::vector<char>>;
+constexpr int kSteps = 6;
+
+// Tokens that go on from each other in place, captured and replayed; an enqueue must allocate nothing.
+void walk_in_place(Run* run, IPluginV3* plugin, const Outputs& wanted, const std::string& what) {
+  const std::vector<const void*> in = run->in_place();
+  bool good = run->shape(plugin);
+  CUDA(cudaStreamBeginCapture(run->stream(), cudaStreamCaptureModeGlobal));
+  run->reset_presents();
+  const long before = g_news;
+  for (int i = 0; i < kSteps; i++) good = run->enqueue(plugin, in, run->workspace()) && good;
+  const long allocated = g_news - before;
+  const cudaGraphExec_t executable = instantiate(run->stream());
+  check(good, what + " is captured");
+  check(allocated == 0, what + ": enqueue allocated " + std::to_string(allocated) + " times");
+  for (int replay = 0; replay < 3; replay++) {
+    CUDA(cudaGraphLaunch(executable, run->stream()));
+    CUDA(cudaStreamSynchronize(run->stream()));
+    run->compare(wanted, what + " in place, replay " + std::to_string(replay));
+  }
+  cudaGraphExecDestroy(executable);
+}
+
+void walk_node(const Library& library, const Node& node) {
+  Run run(node);
+  std::unique_ptr<IPluginV3> plugin = node.make_plugin(library);
+  if (!check(plugin != nullptr, node.text() + " create")) return;
+  run.configure(plugin.get());
+  const std::vector<int32_t> tactics = tactics_of(plugin.get());
+  const bool fused = std::find(tactics.begin(), tactics.end(), 3) != tactics.end();
+  check(fused == (node.m.fused && node.batch == 1), node.text() + (fused ? " offers" : " lacks") + " the fused kernel");
+  const Outputs wanted = run.expected(1), after = run.expected(kSteps);
+  for (const int32_t tactic : tactics) {
+    const std::string what = node.text() + " tactic " + std::to_string(tactic);
+    check(runtime_of(plugin.get())->setTactic(tactic) == 0 && run.once(plugin.get()), what + " runs");
+    run.compare(wanted, what);
+    const Outputs bytes = run.bytes();
+    std::unique_ptr<IPluginV3> clone(plugin->clone());
+    const PluginFieldCollection* fields = runtime_of(plugin.get())->getFieldsToSerialize();
+    IPluginCreatorV3One* creator = library.find("MambaDecodeStack");
+    std::unique_ptr<IPluginV3> loaded(creator->createPlugin("layer.7", fields, TensorRTPhase::kRUNTIME));
+    std::unique_ptr<IPluginV3> restored(runtime_of(loaded.get())->attachToContext(nullptr));
+    runtime_of(restored.get())->setTactic(tactic);
+    check(run.once(plugin.get()) && bytes == run.bytes(), what + " gives the same bits again");
+    check(run.once(clone.get()) && bytes == run.bytes(), what + " cloned");
+    check(run.once(restored.get()) && bytes == run.bytes(), what + " restored");
+    walk_in_place(&run, restored.get(), after, what);
+  }
+  check(run.guard_intact(), node.text() + " writes past its workspace");
+  g_log.clear();
+  check(!run.enqueue(plugin.get(), run.in(), nullptr), node.text() + " runs without a workspace");
+  check_message({"MambaDecodeStack", "layer.7", "workspace", "null"}, node.text() + " null workspace");
+  std::vector<const void*> in = run.in();
+  in[in.size() - 1] = nullptr;
+  check(!run.enqueue(plugin.get(), in, run.workspace()), node.text() + " runs without its last input");
+  check_message({"MambaDecodeStack", "layer.7", "out_proj", "buffer"}, node.text() + " null input");
+  std::printf("  %-60s %2zu tactics, y %.1e, state %.1e\n", node.text().c_str(), tactics.size(), run.worst_y,
+              run.worst_state);
+}
+
+}  // namespace
+
+void walk_stacks(const Library& library, bool quick) {
+  std::vector<Model> models = {
+      {"64", 2, 64, 192, 64, 4, 10, 1, 1, 297, 300, true, true, true},
+      {"narrow residual", 3, 128, 256, 16, 3, 8, 1, 1, 300, 300, true, false, false},
+      {"odd", 2, 36, 52, 5, 5, 3, 1, 1, 61, 64, false, true, true},  // the chain alone
+      {"mamba2 groups", 2, 256, 512, 64, 4, 0, 16, 4, 300, 300, true, true, false},
+      {"mamba2 odd", 2, 36, 52, 20, 5, 0, 4, 1, 61, 64, false, true, true}};
+  if (!quick) {
+    models.push_back({"768", 2, 768, 1536, 16, 4, 48, 1, 1, 997, 1000, true, true, true});
+    models.push_back({"mamba2 384", 3, 384, 768, 128, 4, 0, 12, 1, 300, 300, true, true, true});
+  }
+  for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
+    for (const Model& model : models) {
+      walk_node(library, {model, type, 1});
+      if (model.d_model < 300) walk_node(library, {model, type, 3});
+    }
+  }
+}
+
+void time_stack(const Library& library) {
+  const Model model = {"768x24", 24, 768, 1536, 16, 4, 48, 1, 1, 50280, 50280, true, true, true};
+  const Node node{model, DataType::kHALF, 1};
+  Run run(node);
+  std::unique_ptr<IPluginV3> plugin = node.make_plugin(library);
+  run.configure(plugin.get());
+  const std::vector<const void*> in = run.in_place();
+  for (const int32_t tactic : tactics_of(plugin.get())) {
+    constexpr int kReplays = 200;
+    runtime_of(plugin.get())->setTactic(tactic);
+    check(run.once(plugin.get()), node.text());
+    CUDA(cudaStreamBeginCapture(run.stream(), cudaStreamCaptureModeGlobal));
+    run.enqueue(plugin.get(), in, run.workspace());
+    const cudaGraphExec_t executable = instantiate(run.stream());
+    cudaEvent_t from, to;
+    CUDA(cudaEventCreate(&from));
+    CUDA(cudaEventCreate(&to));
+    float best = HUGE_VALF;
+    for (int round = 0; round < 5; round++) {
+      float elapsed = 0.0F;
+      CUDA(cudaEventRecord(from, run.stream()));
+      for (int i = 0; i < kReplays; i++) CUDA(cudaGraphLaunch(executable, run.stream()));
+      CUDA(cudaEventRecord(to, run.stream()));
+      CUDA(cudaEventSynchronize(to));
+      CUDA(cudaEventElapsedTime(&elapsed, from, to));
+      best = std::min(best, elapsed / kReplays);
+    }
+    const std::string text = node.text();
+    std::printf("  time of %s, tactic %d, as a graph: %.3f ms a token\n", text.c_str(), tactic, static_cast<double>(best));
+    cudaEventDestroy(from), cudaEventDestroy(to), cudaGraphExecDestroy(executable);
+  }
+}
+
+}  // namespace plugin_tests
