@@ -6,6 +6,7 @@ too; every runner of a bundle with plugin ops then uses it.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from mamba_export.engine.toolchain import find_nvcc
 from mamba_export.errors import EnvironmentProblem, MambaExportError
 from mamba_export.progress import Progress, silent
 
-__all__ = ["OrtLibrary", "build", "find", "hash_sources", "register"]
+__all__ = ["OrtLibrary", "build", "find", "hash_sources", "register", "serves_cuda"]
 
 LIBRARY = "libmamba_ort.so"
 ENVIRONMENT_VARIABLE = "MAMBA_ORT_LIBRARY"
@@ -97,6 +98,14 @@ def register(options: Any, library: str | Path) -> None:
         reason = str(error).splitlines()[0][:300]
         hint = "build it on this machine: python -m mamba_export.plugins.ort_library --onnxruntime-root DIR"
         raise EnvironmentProblem(f"onnxruntime can't load {library}: {reason}", hint) from error
+
+
+def serves_cuda(library: str | Path) -> bool:
+    """Whether the library has CUDA kernels, MambaDecodeStack among them; False for what is no such library."""
+    try:
+        return bool(ctypes.CDLL(os.fspath(library)).mamba_ort_cuda())
+    except (OSError, AttributeError):
+        return False
 
 
 def build(

@@ -15,6 +15,7 @@ import numpy as np
 from mamba_export.bundle import PREFILL, Bundle
 from mamba_export.errors import EnvironmentProblem
 from mamba_export.extras import require
+from mamba_export.fused_step import OP_TYPE
 from mamba_export.states import State
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def make_session(
 
     Plugin ops are computed by the custom-op library ``library`` (AUTO: the one that
     :func:`mamba_export.plugins.ort_library.find` knows; None: none); without one by their bodies, which on a GPU
-    launch several kernels a token.
+    launch several kernels a token. A fused step is computed on a GPU alone; elsewhere its body runs, in stock ops where
+    the library is one for GPUs.
 
     With ``low_memory`` the weights are read where they lie in the mapped file instead of being packed into a copy, and
     scratch memory goes back to the system after each call; a step takes longer for it. Prefill never packs: over
@@ -82,7 +84,7 @@ def make_session(
     if low_memory or graph == PREFILL:
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_cpu_mem_arena = not low_memory
-    operators = _operators(bundle, device, library)
+    operators = _operators(bundle, graph, device, library)
     if operators is not None:
         from mamba_export.plugins import ort_library
 
@@ -103,8 +105,9 @@ def make_session(
             session = onnxruntime.InferenceSession(source, options, providers=providers)
     except Exception as error:  # onnxruntime raises its own classes, all plain Exceptions
         wanted = f"; this bundle needs {bundle.manifest.requires}" if bundle.manifest.requires else ""
+        reason, _, hint = str(error).splitlines()[0].partition("; hint: ")  # so says the custom-op library
         raise EnvironmentProblem(
-            f"onnxruntime {onnxruntime.__version__} can't run {graph}: {str(error).splitlines()[0][:300]}{wanted}"
+            f"onnxruntime {onnxruntime.__version__} can't run {graph}: {reason[:300]}{wanted}", hint or None
         ) from error
     if PROVIDERS[device] not in session.get_providers():  # it would run on the CPU
         raise EnvironmentProblem(
@@ -124,17 +127,18 @@ def _load_cuda_libraries() -> None:
             preload()
 
 
-def _operators(bundle: Bundle, device: str, library: str | Path | None) -> Path | None:
-    """The custom-op library for this bundle."""
+def _operators(bundle: Bundle, graph: str, device: str, library: str | Path | None) -> Path | None:
+    """The custom-op library for this graph."""
     if not bundle.target.plugins or library is None:
         return None
-    if library != AUTO:
-        return Path(library)
     try:
         from mamba_export.plugins import ort_library
     except ImportError:  # a checkout, neither installed nor started by cli.py
-        return None
-    found: Path | None = ort_library.find(cuda=device == "cuda")
+        return Path(library) if library != AUTO else None
+    found: Path | None = Path(library) if library != AUTO else ort_library.find(cuda=device == "cuda")
+    fused = OP_TYPE in bundle.manifest.nodes.get(graph.removesuffix(".onnx"), {})
+    if fused and device == "cpu" and found is not None and ort_library.serves_cuda(found):
+        return None  # it knows the op, so that ONNX Runtime would not look at the function body
     return found
 
 

@@ -53,10 +53,12 @@ def test_ops(library: Path, kind: Kind, length: int, inner: tuple[int, ...], gro
         assert_closed_form((y, present), sample, 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("fuse_step", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("model", MODELS)
 def test_models(
     library: Path,
     model: str,
+    fuse_step: bool,
     tiny_checkpoint: Path,
     shared_checkpoint: Callable[[str], Path],
     make_bundle: Callable[..., Path],
@@ -65,7 +67,8 @@ def test_models(
     """Prefill, pieces of it, and the greedy text by steps recorded as CUDA graphs, in float32."""
     monkeypatch.setenv(ort_library.ENVIRONMENT_VARIABLE, str(library))
     ckpt = tiny_checkpoint if model == tiny_checkpoint.name else shared_checkpoint(model)
-    runner = OrtRunner(Bundle(make_bundle(ckpt=ckpt, target="tensorrt"), check=False), device="cuda")
+    bundle = make_bundle(ckpt=ckpt, target="tensorrt", **({"fuse_step": True} if fuse_step else {}))
+    runner = OrtRunner(Bundle(bundle, check=False), device="cuda")
     with np.load(ckpt / "golden.npz") as data:
         ids, wanted = data["input_ids"], data["logits_last64"]
     head, state = runner.prefill(ids[:, :77], runner.initial_state(1))
@@ -78,5 +81,9 @@ def test_models(
         for expected in case["greedy_ids"]:
             token = int(loop.step(np.array([[token]]))[0, -1].argmax())
             assert token == expected, case["prompt"]
+        rows = np.repeat(np.array([case["prompt_ids"][:9]]), 3, axis=0)  # more than one: of a fused step the chain
+        _, state = runner.prefill(rows[:, :-1], runner.initial_state(3))
+        together = runner.step_loop(state, 3).step(rows[:, -1:])
+        assert np.allclose(together, together[:1], atol=1e-3)
     assert runner.cuda_graph
     assert torch.cuda.is_available()

@@ -69,6 +69,16 @@ class Context {
     return tensor;
   }
 
+  // The data of an input whose type and shape are known.
+  const void* data(std::size_t index) const {
+    const OrtValue* value = nullptr;
+    check(api_, api_.KernelContext_GetInput(context_, index, &value));
+    if (value == nullptr) throw Error("input " + std::to_string(index) + " is missing");
+    void* data = nullptr;
+    check(api_, api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+    return data;
+  }
+
   void* output(std::size_t index, const Dims& dims) const {
     OrtValue* value = nullptr;
     check(api_, api_.KernelContext_GetOutput(context_, index, dims.data(), dims.size(), &value));

@@ -1,5 +1,4 @@
-// Runs the kernels of kernels/cuda on the stream of ONNX Runtime's CUDA provider. Inputs and outputs lie on the device;
-// scratch memory comes from the provider's arena and goes back once the launch is in the stream, which orders its reuse.
+// Runs the kernels of kernels/cuda on the stream of ONNX Runtime's CUDA provider. Inputs and outputs lie on the device.
 #include <array>
 #include <map>
 #include <mutex>
@@ -10,6 +9,7 @@
 #include "mamba/selective_state_update.h"
 #include "mamba/ssd_scan.h"
 #include "mamba/ssd_state_update.h"
+#include "workspace.h"
 
 namespace mamba::ort {
 
@@ -20,32 +20,6 @@ int32_t dtype_of(Type type) { return type == Type::f32 ? MAMBA_F32 : type == Typ
 void check_launch(int status) {
   if (status != MAMBA_OK) throw Error(mamba_status_string(status));
 }
-
-class Workspace {
- public:
-  Workspace(const Context& context, std::size_t bytes) : api_(context.api()) {
-    if (bytes == 0) return;
-    check(api_, api_.KernelContext_GetAllocator(context.get(), context.memory_of(0), &allocator_));
-    memory_ = allocator_->Alloc(allocator_, bytes);
-    if (memory_ == nullptr) {
-      api_.ReleaseAllocator(allocator_);
-      throw Error("out of device memory");
-    }
-  }
-  ~Workspace() {
-    if (memory_ == nullptr) return;
-    allocator_->Free(allocator_, memory_);
-    api_.ReleaseAllocator(allocator_);
-  }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* get() const { return memory_; }
-
- private:
-  const OrtApi& api_;
-  OrtAllocator* allocator_ = nullptr;
-  void* memory_ = nullptr;
-};
 
 // The kernels' choice for a shape is worth keeping: making it costs more than a launch.
 struct Plan {

@@ -1,5 +1,8 @@
 // The entry point: SessionOptions.register_custom_ops_library (Python), RegisterCustomOpsLibrary_V2 (C).
 #include "custom_op.h"
+#if defined(MAMBA_CUDA)
+#include "stack.h"
+#endif
 
 #if defined(_WIN32)
 #define MAMBA_EXPORT extern "C" __declspec(dllexport)
@@ -16,6 +19,8 @@ OrtCustomOpDomain* make_domain(const OrtApi& api) {
   mamba::ort::add_ops(api, domain, nullptr, mamba::ort::compute_cpu);
 #if defined(MAMBA_CUDA)
   mamba::ort::add_ops(api, domain, "CUDAExecutionProvider", mamba::ort::compute_cuda);
+  mamba::ort::add_stack_op(api, domain, "CUDAExecutionProvider");
+  mamba::ort::add_stack_op(api, domain, nullptr, false);
 #endif
   return domain;
 }
