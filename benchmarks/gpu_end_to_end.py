@@ -3,15 +3,17 @@
     python benchmarks/gpu_end_to_end.py --prepare BUNDLES [--checkpoints DIR]     on any machine: exports the bundles
     python benchmarks/gpu_end_to_end.py BUNDLES --sources PEER [-o RESULTS-gpu.md]     on the GPU
 
-Targets: `ort`, the stock engine's own ops, and `tensorrt` with the CUDA library of plugins/onnxruntime (build it first:
-python -m mamba_export.plugins.ort_library --cuda). Needs onnxruntime-gpu; PEER holds the source packages of mamba-ssm
-and causal-conv1d. The 768 x 24 model has random weights, for both sides.
+Bundles: of target `ort`, the stock engine's own ops; of target `tensorrt` with the CUDA library of plugins/onnxruntime
+(build it first: python -m mamba_export.plugins.ort_library --cuda); and `fused`, the same with `--fuse-step`, whose
+step is one node, by the library's choice of kernel and by the chain of kernels alone. Needs onnxruntime-gpu; PEER
+holds the source packages of mamba-ssm and causal-conv1d. The 768 x 24 model has random weights, for both sides.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,7 +32,17 @@ if str(ROOT) not in mamba_export.__path__:
     mamba_export.__path__.append(str(ROOT))
 
 MODELS = ("mamba1-tiny", "mamba1-small", "mamba2-small")
-TARGETS = ("ort", "tensorrt")
+BUNDLES: dict[str, dict[str, Any]] = {
+    "ort": {"target": "ort"},
+    "tensorrt": {"target": "tensorrt"},
+    "fused": {"target": "tensorrt", "fuse_step": True},
+}
+LABELS = {
+    "tensorrt": "`tensorrt` with the library",
+    "fused": "the same with `--fuse-step`",
+    "chain": "the same, by the chain of kernels",
+    "ort": "`ort`",
+}
 LARGE = {"d_model": 768, "n_layer": 24, "vocab_size": 50280}
 PROMPT, TOKENS = 2048, 256
 
@@ -81,30 +93,30 @@ def prepare(bundles: Path, checkpoints: Path) -> None:
     for name in MODELS:
         for file in ("golden.npz", "golden_greedy.json"):
             (bundles / f"{name}.{file}").write_bytes((checkpoints / name / file).read_bytes())
-    for target in TARGETS:
+    for kind, export in BUNDLES.items():
         for name in (*MODELS, "768x24"):
-            out = bundles / f"{name}-{target}"
+            out = bundles / f"{name}-{kind}"
             if not out.exists():
                 ckpt = checkpoints / name if name in MODELS else large_checkpoint(bundles / "768x24")
                 logits = "all" if name in MODELS else "last"
-                export_onnx(ckpt, out, target=target, dtype="fp16", logits=logits, verify=False)
+                export_onnx(ckpt, out, dtype="fp16", logits=logits, verify=False, **export)
                 print(f"exported {out}", flush=True)
 
 
-def open_runner(bundles: Path, name: str, target: str) -> Any:
+def open_runner(bundles: Path, name: str, kind: str) -> Any:
     from mamba_export.plugins import ort_library
 
     from mamba_export import Bundle
     from mamba_export.runtime import OrtRunner
 
-    if target == "tensorrt" and ort_library.find(cuda=True) is None:
+    if kind != "ort" and ort_library.find(cuda=True) is None:
         sys.exit("no CUDA library: python -m mamba_export.plugins.ort_library --cuda --onnxruntime-root DIR")
-    return OrtRunner(Bundle(bundles / f"{name}-{target}", check=False), device="cuda")
+    return OrtRunner(Bundle(bundles / f"{name}-{kind}", check=False), device="cuda")
 
 
-def goldens(bundles: Path, name: str, target: str) -> str:
+def goldens(bundles: Path, name: str, kind: str) -> str:
     """One row: logits in one piece and in pieces, and greedy texts by the step graph as CUDA graphs."""
-    runner = open_runner(bundles, name, target)
+    runner = open_runner(bundles, name, kind)
     with np.load(bundles / f"{name}.golden.npz") as data:
         ids, wanted = data["input_ids"].astype(np.int64), data["logits_last64"]
     logits, _ = runner.prefill(ids, runner.initial_state(1))
@@ -131,7 +143,7 @@ def goldens(bundles: Path, name: str, target: str) -> str:
     agree = float((found.argmax(-1) == wanted.argmax(-1)).mean())
     graph = "yes" if runner.cuda_graph else "no"
     return (
-        f"| {name} | {target} | {relative(found):.1e} | {relative(split):.1e} | {agree:.1%} | {right} of {total} "
+        f"| {name} | {kind} | {relative(found):.1e} | {relative(split):.1e} | {agree:.1%} | {right} of {total} "
         f"| {texts} of {len(cases)} | {graph} |"
     )
 
@@ -146,8 +158,10 @@ def times(call: Callable[[], object], repeats: int) -> list[float]:
     return found[3:]
 
 
-def speeds(bundles: Path, target: str) -> dict[str, float]:
-    runner = open_runner(bundles, "768x24", target)
+def speeds(bundles: Path, kind: str) -> dict[str, float]:
+    """Milliseconds of prefill and of a step; ``chain``: of a fused step by the chain of kernels."""
+    os.environ["MAMBA_ORT_DECODE"] = "chain" if kind == "chain" else ""
+    runner = open_runner(bundles, "768x24", "fused" if kind == "chain" else kind)
     ids = np.random.default_rng(0).integers(0, 1000, (1, PROMPT))
     zero = runner.initial_state(1)
     prefill = times(lambda: runner.prefill(ids, zero), 20)
@@ -198,7 +212,6 @@ def report(rows: list[str], ours: dict[str, dict[str, float]], peer: dict[str, f
         text=True,
         check=False,
     ).stdout.strip()
-    fast, stock = ours["tensorrt"], ours["ort"]
     prefill, step = peer["prefill_float16"], peer["step_float16"]
     lines = [
         "# ONNX Runtime on a GPU: the last output of benchmarks/gpu_end_to_end.py",
@@ -211,7 +224,7 @@ def report(rows: list[str], ours: dict[str, dict[str, float]], peer: dict[str, f
         "Logits relative to the float32 goldens of other implementations, in one prefill and in six pieces; greedy "
         "tokens by the step graph, fed the golden text.",
         "",
-        "| model | target | logits | in pieces | same likeliest token | greedy tokens | whole texts | CUDA graph |",
+        "| model | bundle | logits | in pieces | same likeliest token | greedy tokens | whole texts | CUDA graph |",
         "|---|---|---|---|---|---|---|---|",
         *rows,
         "",
@@ -224,16 +237,18 @@ def report(rows: list[str], ours: dict[str, dict[str, float]], peer: dict[str, f
         "| | prefill, ms | against the peer | step, ms | of it in the engine | against the peer |",
         "|---|---|---|---|---|---|",
     ]
-    for name, t in (("`tensorrt` with the library", fast), ("`ort`", stock)):
+    for kind, t in ours.items():
         lines.append(
-            f"| {name} | {t['prefill']:.2f} (median {t['prefill_median']:.2f}) | {prefill / t['prefill']:.2f} × "
-            f"| {t['step']:.3f} | {t['step_engine']:.3f} | {step / t['step']:.2f} × |"
+            f"| {LABELS[kind]} | {t['prefill']:.2f} (median {t['prefill_median']:.2f}) "
+            f"| {prefill / t['prefill']:.2f} × | {t['step']:.3f} | {t['step_engine']:.3f} | {step / t['step']:.2f} × |"
         )
     lines.append(f"| mamba-ssm, float16 | {prefill:.2f} | 1 | {step:.3f} | | 1 |")
     lines.append(f"| mamba-ssm, bfloat16 | {peer['prefill_bfloat16']:.2f} | | {peer['step_bfloat16']:.3f} | | |")
     if "prefill_graph" in peer:
         lines.append(f"| its forward as a CUDA graph, bfloat16 | {peer['prefill_graph']:.2f} | | | | |")
-    lines += ["", f"The library's prefill is {stock['prefill'] / fast['prefill']:.1f} × as fast as the `ort` target's."]
+    if {"ort", "tensorrt"} <= ours.keys():
+        ratio = ours["ort"]["prefill"] / ours["tensorrt"]["prefill"]
+        lines += ["", f"The library's prefill is {ratio:.1f} × as fast as the `ort` target's."]
     return "\n".join(lines) + "\n"
 
 
@@ -241,6 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundles", type=Path)
     parser.add_argument("--prepare", action="store_true", help="export the bundles and stop")
+    parser.add_argument("--kinds", nargs="+", choices=list(BUNDLES), default=list(BUNDLES), help="bundles to measure")
     parser.add_argument("--checkpoints", type=Path, default=ROOT.parent / "shared" / "checkpoints")
     parser.add_argument("--sources", type=Path, help="the peer's source packages")
     parser.add_argument("-o", "--output", type=Path, default=Path(__file__).with_name("RESULTS-gpu.md"))
@@ -252,13 +268,14 @@ def main() -> None:
 
     rows = []
     for name in MODELS:
-        for target in TARGETS:
-            rows.append(goldens(options.bundles, name, target))
+        for kind in options.kinds:
+            rows.append(goldens(options.bundles, name, kind))
             print(rows[-1], flush=True)
     ours = {}
-    for target in TARGETS:
-        ours[target] = speeds(options.bundles, target)
-        print(target, ours[target], flush=True)
+    for kind in LABELS:
+        if ("fused" if kind == "chain" else kind) in options.kinds:
+            ours[kind] = speeds(options.bundles, kind)
+            print(kind, ours[kind], flush=True)
     peer = peer_speeds(options.sources)
     print(peer, flush=True)
     options.output.write_text(report(rows, ours, peer), encoding="utf-8")
