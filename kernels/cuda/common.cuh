@@ -78,14 +78,6 @@ template <typename F> int dispatch(int dtype, F&& f) {
 
 // ---- math --------------------------------------------------------------------------------------
 
-// Whether selectors take, and tactics() lists, kernels whose present form has not passed tests/gpu and racecheck on a device.
-// They can be named by their tactic's number in any build; -DMAMBA_UNPROVEN_TACTICS=ON makes a build that tests them all.
-#ifdef MAMBA_UNPROVEN_TACTICS
-constexpr bool kUnprovenTactics = true;
-#else
-constexpr bool kUnprovenTactics = false;
-#endif
-
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 

@@ -163,7 +163,7 @@ extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32
   Choice chosen;
   if (choose(p, &chosen) != MAMBA_OK) return 0;
   add(chosen.tactic());
-  if (Choice c; kUnprovenTactics && find_two_pass(p, &c)) {
+  if (Choice c; find_two_pass(p, &c)) {
     const int best = two_pass_pieces(p, c), most = p.batch * ceil_div(p.seqlen, c.chunk);
     for (const int pieces : {best, 1, (best + 1) / 2, 2 * best}) {
       c.splits = pieces;

@@ -105,7 +105,6 @@ bool copyable(const mamba_ssd_scan_params& p) {
   return rows && (p.seqlen == 1 || (p.x_token_stride > 0 && p.B_token_stride > 0 && p.C_token_stride > 0));
 }
 
-// Its two kernels were right on a GPU each beside another version of the other, never together: see kUnprovenTactics.
 bool find_two_pass(const mamba_ssd_scan_params& p, Choice* out) {
 #ifdef MAMBA_SM90A
   if (device().capability != 90 || p.seqlen == 0 || !wide_access(p) || !copyable(p) || !(p.dt_min >= 0.f)) return false;
@@ -169,7 +168,7 @@ int find_choice(const mamba_ssd_scan_params& p, Choice* out) {
   }
   // With a pair of heads for every multiprocessor nothing needs cutting, and one pass is faster; float32 has no other way.
   const bool many = static_cast<int64_t>(p.batch) * p.ngroups * ceil_div(p.nheads / p.ngroups, 2) >= device().sms;
-  if (kUnprovenTactics && (p.dtype == MAMBA_F32 || !many) && find_two_pass(p, out)) {
+  if ((p.dtype == MAMBA_F32 || !many) && find_two_pass(p, out)) {
     out->splits = two_pass_pieces(p, *out);
     return MAMBA_OK;
   }
