@@ -79,7 +79,7 @@ def test_65536_steps_do_not_drift() -> None:
     state.copy_(kept)
     for _ in range(steps // 256):
         graph.replay()
-    # ex2.approx near 1 is biased by up to 1.7e-8 a step (kernels/NOTES-selective-scan.md), and all steps here are near 1.
+    # ex2.approx near 1 is biased by up to 1.7e-8 a step (NOTES-selective-scan.md), and all steps here are near 1.
     assert error(state, exact) < 1.7e-8 * steps
 
 
