@@ -179,6 +179,14 @@ def test_deterministic(dtype: Any) -> None:
             assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
 
 
+def test_a_kernel_may_need_more_shared_memory_than_before() -> None:
+    for d_state in (16, 64, 256):  # one kernel, more bytes each time
+        inputs = make((1, 70, 2, 32, 1, d_state), torch.float32, seed=d_state)
+        expected, _ = reference(**inputs)
+        for tactic in tactics(inputs):
+            assert error(run(inputs, tactic)[0], expected) < TOLERANCE[torch.float32]
+
+
 def test_does_not_drift() -> None:
     """65,536 tokens with slow decay: the tensor-core form against the generic one in float32."""
     inputs = make((1, 65536, 3, 64, 1, 128), torch.bfloat16, seed=11, dt_scale=0.02)
