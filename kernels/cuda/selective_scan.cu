@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "selective_scan_chain_copy.cuh"
-#include "selective_scan_lanes_feed.cuh"
 
 namespace mamba::scan {
 namespace {
@@ -50,17 +49,6 @@ bool covers_chain(const Params& p, const Tactic& t) {
   return slots >= ceil_div(t.warps, Chain::kTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
 }
 
-bool covers_lanes(const Params& p, const Tactic& t) {
-  const int quads = t.groups, chains = t.copiers;
-  if (p.d_state != kState || !bc_aligned(p) || !activations_aligned(p, 4 * dtype_size(p.dtype)) || t.pieces != 1 || quads < 1 ||
-      quads > Lanes::kMostQuads || t.warps < 1 || chains < 1 || chains > 2 || quads * 2 / chains + t.warps + 1 > kLanesWarps) {
-    return false;
-  }
-  const Lanes layout = lanes_layout(t);
-  if (quads % layout.passes || t.warps % layout.group_warps() || (chains == 1 && layout.passes > 1)) return false;
-  return (p.dtype == MAMBA_F32 ? layout.slots<float>() : layout.slots<__half>()) >= 2;
-}
-
 bool covers(const Params& p, const Tactic& t);
 
 #include "selective_scan_select.inl"
@@ -88,8 +76,7 @@ template <typename T> int run(const Params& p, const Tactic& tactic, cudaStream_
   switch (tactic.kernel) {
     case Tactic::kGeneric: return launch_generic(args, tactic, p.batch, stream);
     case Tactic::kChannel: return launch_channel(args, tactic, p.batch, stream);
-    case Tactic::kChain: return launch_chain(args, tactic, p.batch, stream);
-    default: return launch_lanes(args, tactic, p.batch, stream);
+    default: return launch_chain(args, tactic, p.batch, stream);
   }
 }
 
@@ -100,7 +87,6 @@ bool covers(const Params& p, const Tactic& t) {
     case Tactic::kGeneric: return t.pieces == 1;
     case Tactic::kChannel: return p.d_state == kState && t.pieces >= 1;
     case Tactic::kChain: return covers_chain(p, t);
-    case Tactic::kLanes: return covers_lanes(p, t);
     default: return false;
   }
 }

@@ -9,13 +9,6 @@ struct ChainBlock {
 };
 constexpr ChainBlock kChainBlocks[] = {{1, 14, 2, 18.7}, {2, 7, 2, 36.4}, {3, 5, 1, 49.6}, {1, 8, 2, 22.5}};
 
-// Blocks of the lanes: quads of channels, feeding warps, states of a lane; nanoseconds per token of a block.
-struct LanesBlock {
-  int quads, feeders, chains;
-  double token_ns;
-};
-constexpr LanesBlock kLanesBlocks[] = {{3, 3, 1, 10.5}, {10, 5, 2, 32}, {8, 4, 2, 27}, {5, 5, 1, 18}, {4, 4, 1, 15}};
-
 double waves(const Params& p, int width, int pieces) {
   const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, width) * pieces;
   return std::ceil(blocks / sm_count());
@@ -32,14 +25,10 @@ double chain_us(const Params& p, const ChainBlock& b) {
   return 6 + 1e-3 * p.seqlen * b.token_ns * waves(p, 16 * b.groups, 1);
 }
 
-double lanes_us(const Params& p, const LanesBlock& b) {
-  return 3 + 1e-3 * p.seqlen * b.token_ns * waves(p, Lanes::kQuad * b.quads, 1);
-}
-
 // The tactics that cover the shape, fastest first.
 struct Candidates {
-  Tactic tactic[20];
-  double us[20];
+  Tactic tactic[16];
+  double us[16];
   int count = 0;
 
   explicit Candidates(const Params& p) {
@@ -50,7 +39,6 @@ struct Candidates {
       if (pieces > 1 && p.seqlen / pieces >= 32) add(p, {Tactic::kChannel, 1, 4, 0, pieces}, channel_us(p, pieces));
     }
     for (const ChainBlock& b : kChainBlocks) add(p, {Tactic::kChain, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
-    for (const LanesBlock& b : kLanesBlocks) add(p, {Tactic::kLanes, b.quads, b.feeders, b.chains, 1}, lanes_us(p, b));
     add(p, {Tactic::kChannel, 0, 4, 0, 1}, 1e18);
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
   }
