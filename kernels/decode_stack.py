@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .library import KernelError, dtype_code, launch, params_struct, tactics
+from .packed_weights import Format, common_format, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mamba_export.quantized import Matrix
     from mamba_export.spec import ModelSpec
 
 __all__ = ["TACTICS", "DecodeStack"]
@@ -28,7 +30,8 @@ PARAMS = params_struct(
     "DecodeStackParams",
     "i32 dtype family batch n_layer d_model d_inner d_state d_conv dt_rank vocab_size nheads ngroups"
     " residual_fp32 n_forced n_steps tactic; f32 norm_eps gated_norm_eps;"
-    "ptr layers embedding norm_f lm_head input_ids output_ids logits workspace; size workspace_size",
+    "ptr layers embedding norm_f lm_head input_ids output_ids logits workspace; size workspace_size;"
+    "i32 weight_bits group_size zero_points",
 )
 # Of one layer: field of the C struct -> name of the parameter below backbone.layers.{i}.
 _BOTH = {
@@ -50,6 +53,27 @@ NAMES = {
     "mamba2": {**_BOTH, "dt_bias": "mixer.dt_bias", "gated_norm": "mixer.norm.weight"},
 }
 FLOAT32 = ("dt_bias", "A", "D")
+INTEGERS = ("in_proj", "out_proj")
+"""Of a layer, what is integers where weights are; the head is too."""
+
+
+def _packed(weights: Mapping[str, Tensor | Matrix]) -> tuple[dict[str, Tensor], Format]:
+    """The weights with all quantized matrices packed, and their format; of 0 bits where none is."""
+    embedding: Any = weights["backbone.embedding.weight"]
+    found: dict[str, Any] = {name: w for name, w in weights.items() if hasattr(w, "data_ptr")}
+    matrices: dict[str, Any] = {name: w for name, w in weights.items() if name not in found}
+    allowed = ("lm_head.weight", *(f"mixer.{field}.weight" for field in INTEGERS))
+    for name, matrix in matrices.items():
+        if not name.endswith(allowed):
+            raise KernelError(
+                f"decode_stack: {name} cannot be quantized", hint="quantize in_proj, out_proj and lm_head"
+            )
+        found[name] = pack(matrix, embedding.dtype, embedding.device)
+    if not matrices:
+        return found, Format(0, 0, False)
+    if "lm_head.weight" not in matrices:
+        raise KernelError("decode_stack: lm_head.weight must be quantized as the layers are")
+    return found, common_format(matrices.values())
 
 
 class DecodeStack:
@@ -58,11 +82,12 @@ class DecodeStack:
     Args:
         spec: the model.
         weights: its parameters under the names of :class:`mamba_export.models.MambaLM`, on the GPU, dense. They are
-            used where they lie, not copied.
+            used where they lie, not copied. The matrices of in_proj, out_proj and the head may all be quantized
+            instead, in one format; they are packed. A model with tied embeddings then has ``lm_head.weight`` too.
         batch: rows; the fused kernel takes one.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], batch: int = 1) -> None:
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor | Matrix], batch: int = 1) -> None:
         import torch
 
         from mamba_export.fused_step import unsupported
@@ -72,17 +97,21 @@ class DecodeStack:
         if reason is not None:
             raise KernelError(f"decode_stack does not cover models with {reason}")
         self.spec, self.batch = spec, batch
-        self.embedding = weights["backbone.embedding.weight"]
-        self.norm_f = weights["backbone.norm_f.weight"]
-        self.lm_head = self.embedding if spec.tie_embeddings else weights["lm_head.weight"]
+        floats, self.format = _packed(weights)
+        self.embedding = floats["backbone.embedding.weight"]
+        self.norm_f = floats["backbone.norm_f.weight"]
+        own_head = self.format.bits or not spec.tie_embeddings
+        self.lm_head = floats["lm_head.weight"] if own_head else self.embedding
         self.dtype, self.device = self.embedding.dtype, self.embedding.device
         self._layers: list[dict[str, Tensor]] = []
         self.conv_states: list[Tensor] = []
         self.ssm_states: list[Tensor] = []
         for i in range(spec.n_layer):
-            layer = {field: weights[f"backbone.layers.{i}.{name}"] for field, name in NAMES[spec.family].items()}
+            layer = {field: floats[f"backbone.layers.{i}.{name}"] for field, name in NAMES[spec.family].items()}
             for field, tensor in layer.items():
                 wanted = torch.float32 if field in FLOAT32 else self.dtype
+                if self.format.bits and field in INTEGERS:
+                    wanted = torch.uint8
                 if tensor.dtype != wanted or not tensor.is_contiguous() or tensor.device != self.device:
                     raise KernelError(f"decode_stack: {field} of layer {i} must be dense {wanted} on the GPU")
             self._layers.append(layer)
@@ -125,6 +154,9 @@ class DecodeStack:
             embedding=self.embedding.data_ptr(),
             norm_f=self.norm_f.data_ptr(),
             lm_head=self.lm_head.data_ptr(),
+            weight_bits=self.format.bits,
+            group_size=self.format.group,
+            zero_points=self.format.zeros,
             **fields,
         )
 

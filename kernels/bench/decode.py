@@ -1,9 +1,9 @@
 """Whole-model decode at batch 1 against mamba-ssm's own CUDA-graph generate: ``python -m kernels.bench.decode``.
 
-Random weights, the peer's own initialization, shared by both sides. Ours: greedy text in one launch of the fused
-kernel, and the chain, one CUDA graph a token with the argmax inside. The peer: ``generate(cg=True)`` as it is, and its
-graph replayed with an argmax alone. Times are per token, the difference of a long and a short run over that of their
-lengths.
+Random weights, the peer's own initialization, shared by both sides, and the same rounded to int8 (one scale a row) and
+int4 (groups of 128), for which there is no peer here. Ours: greedy text in one launch of the fused kernel, and the
+chain, one CUDA graph a token with the argmax inside. The peer: ``generate(cg=True)`` as it is, and its graph replayed
+with an argmax alone. Times are per token, the difference of a long and a short run over that of their lengths.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from mamba_export.spec import ModelSpec
 
 from ..decode_stack import DecodeStack
+from ..packed_weights import Format, round_to
 from .harness import Context, copy_bandwidth
 from .peer_model import make
 
@@ -32,8 +33,10 @@ MODELS = {
     "mamba2-768x24": (768, 24, "Mamba2"),
     "mamba2-2560x64": (2560, 64, "Mamba2"),
 }
+INTEGERS = {"int8": Format(8, 0, False), "int4": Format(4, 128, False)}
 VOCABULARY = 50280
 SHORT, LONG = 32, 160
+TACTICS: tuple[Literal["fused", "chain"], ...] = ("fused", "chain")
 
 
 def spec_of(d_model: int, n_layer: int, family: str) -> ModelSpec:
@@ -66,6 +69,15 @@ def weights_of(model: Any) -> dict[str, torch.Tensor]:
             w = w.flatten(1)
         weights[name] = w.contiguous()
     return weights
+
+
+def rounded(weights: dict[str, torch.Tensor], form: Format) -> dict[str, Any]:
+    """The weights with in_proj, out_proj and the head as integers."""
+    found: dict[str, Any] = {"lm_head.weight": weights["backbone.embedding.weight"]} | weights
+    for name, weight in found.items():
+        if name.endswith(("in_proj.weight", "out_proj.weight", "lm_head.weight")):
+            found[name] = round_to(weight, form)
+    return found
 
 
 def bytes_of(stack: DecodeStack) -> int:
@@ -152,6 +164,29 @@ def peer_logits(model: Any, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
+def measure_integers(
+    ctx: Context, name: str, weights: dict[str, torch.Tensor], kind: str, plain: tuple[float, float]
+) -> str:
+    """A row for integer weights: factors against those of bfloat16, logits of the fused kernel against the chain's."""
+    stack = DecodeStack(spec_of(*MODELS[name]), rounded(weights, INTEGERS[kind]))
+    ids = torch.tensor([17], device="cuda")
+    logits: list[torch.Tensor] = []
+    for tactic in TACTICS:
+        stack.reset()
+        logits.append(stack.step(ids, tactic=tactic)[0])
+    apart = float((logits[0] - logits[1]).norm() / logits[1].norm())
+    floor = bytes_of(stack) / ctx.copy_bandwidth * 1e3
+    fused, fused_graph, chain = time_fused(stack), time_steps(stack, "fused"), time_steps(stack, "chain")
+    del stack
+    gc.collect()
+    torch.cuda.empty_cache()
+    return (
+        f"| {name}, {kind} | {fused:.4f} | {fused_graph:.4f} | {chain:.4f} | | | {floor:.4f} "
+        f"| {plain[0] / fused:.2f} | {plain[0] / fused_graph:.2f} | {plain[1] / chain:.2f} | {floor / fused:.0%} "
+        f"| fused against chain {apart:.1e} |"
+    )
+
+
 def measure(ctx: Context, name: str, generate: bool) -> str:
     d_model, n_layer, family = MODELS[name]
     model = make(ctx, d_model, n_layer, torch.bfloat16, family, VOCABULARY)
@@ -159,8 +194,7 @@ def measure(ctx: Context, name: str, generate: bool) -> str:
     tokens = [1, 17, 4711, 50000]
     theirs = peer_logits(model, tokens)
     errors = {}
-    tactics: tuple[Literal["fused", "chain"], ...] = ("fused", "chain")
-    for tactic in tactics:
+    for tactic in TACTICS:
         stack.reset()
         for token in tokens:
             ours = stack.step(torch.tensor([token], device="cuda"), tactic=tactic)[0]
@@ -171,14 +205,17 @@ def measure(ctx: Context, name: str, generate: bool) -> str:
     print(f"fused {fused:.4f}, a graph a token {fused_graph:.4f}, chain {chain:.4f}", flush=True)
     graph = time_graph(model)
     peer = time_generate(model) if generate else graph
-    del model, stack
+    del stack
+    integers = [measure_integers(ctx, name, weights_of(model), kind, (fused, chain)) for kind in INTEGERS]
+    del model
     gc.collect()
     torch.cuda.empty_cache()
-    return (
+    return "\n".join([
         f"| {name} | {fused:.4f} | {fused_graph:.4f} | {chain:.4f} | {peer:.4f} | {graph:.4f} | {floor:.4f} "
         f"| {peer / fused:.2f} | {peer / fused_graph:.2f} | {peer / chain:.2f} | {floor / fused:.0%} "
-        f"| {errors['fused']:.1e}, {errors['chain']:.1e} |"
-    )
+        f"| {errors['fused']:.1e}, {errors['chain']:.1e} |",
+        *integers,
+    ])  # fmt: skip
 
 
 def main() -> None:
@@ -196,7 +233,9 @@ def main() -> None:
         f"{torch.version.cuda}; copy bandwidth {ctx.copy_bandwidth / 1e12:.2f} TB/s (reads and writes). Batch 1, "
         "bfloat16, random weights, greedy, milliseconds a token. Fused: one launch for all tokens, or one CUDA graph a "
         "token; chain: one CUDA graph a token. The peer: mamba-ssm 2.3.2.post1, its `generate(cg=True)` and its graph "
-        "alone, in the same run. The floor is the bytes that a token must move over the copy bandwidth.\n",
+        "alone, in the same run. In rows of int8 (one scale a row) and int4 (groups of 128) in_proj, out_proj and the "
+        "head are rounded to nearest, and factors are against bfloat16. The floor is the bytes that a token must move "
+        "over the copy bandwidth.\n",
         "| model | fused | fused, a graph a token | chain | peer | peer's graph | floor | fused × | fused graph × "
         "| chain × | of the floor | logits against the peer's: fused, chain |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",

@@ -44,12 +44,12 @@ struct Launch {
   dim3 grid;
   size_t shared;
 };
-template <typename T, int kDepth> Launch product_launch(int units, int width, int batch) {
+template <typename T, int kDepth, int kBits> Launch product_launch(int units, int width, int batch) {
   constexpr int kMostUnits = 1024;
   int blocks = sm_count();
   if (ceil_div(units, blocks) > kMostUnits) blocks = ceil_div(units, kMostUnits);
   if (blocks > units) blocks = units;
-  return {dim3(blocks, batch), Product<T, kDepth>::bytes(width, ceil_div(units, blocks))};
+  return {dim3(blocks, batch), Product<T, kDepth, kBits>::bytes(width, ceil_div(units, blocks))};
 }
 
 // Kernels that run beside each other must agree on how a multiprocessor divides its memory: all of it for blocks.
@@ -59,14 +59,14 @@ template <typename F> bool allow_shared(F kernel, size_t bytes) {
          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) == cudaSuccess;
 }
 
-template <typename T, int kFamily, int kIn, int kOut> struct Chain {
+template <typename T, int kFamily, int kIn, int kOut, int kBits> struct Chain {
   Launch in, out, head;
 
   explicit Chain(const Params& p) {
     const int further = kFamily == 1 ? 0 : ceil_div(x_rows_of(p), 2);
-    in = product_launch<T, kIn>(p.d_inner + further, p.d_model, p.batch);
-    out = product_launch<T, kOut>(ceil_div(p.d_model, 2), p.d_inner, p.batch);
-    head = product_launch<T, kIn>(ceil_div(p.vocab_size, 2), p.d_model, p.batch);
+    in = product_launch<T, kIn, kBits>(p.d_inner + further, p.d_model, p.batch);
+    out = product_launch<T, kOut, kBits>(ceil_div(p.d_model, 2), p.d_inner, p.batch);
+    head = product_launch<T, kIn, kBits>(ceil_div(p.vocab_size, 2), p.d_model, p.batch);
   }
   bool fits() const {
     const size_t most = max_shared_bytes();
@@ -86,12 +86,13 @@ template <typename T, int kFamily, int kIn, int kOut> struct Chain {
 
     bool ok = allow_shared(embed_kernel<T>, 0) && allow_shared(x_kernel<T>, kXShared) &&
               allow_shared(scan_kernel<T, kFamily>, x_rows * sizeof(float)) &&
-              allow_shared(in_kernel<T, kFamily, kIn>, in.shared) && allow_shared(out_kernel<T, kOut>, out.shared) &&
-              allow_shared(head_kernel<T, kIn>, head.shared);
+              allow_shared(in_kernel<T, kFamily, kIn, kBits>, in.shared) &&
+              allow_shared(out_kernel<T, kOut, kBits>, out.shared) &&
+              allow_shared(head_kernel<T, kIn, kBits>, head.shared);
     ok = ok && start(embed_kernel<T>, dim3(ceil_div(p.d_model, 256), p.batch), 256, 0, stream, p, s.hidden);
     for (int i = 0; ok && i < p.n_layer; i++) {
       const Layer& l = p.layers[i];
-      ok &= start(in_kernel<T, kFamily, kIn>, in.grid, kProductThreads, in.shared, stream, p, l, s,
+      ok &= start(in_kernel<T, kFamily, kIn, kBits>, in.grid, kProductThreads, in.shared, stream, p, l, s,
                   vectorizes<T>(l.in_proj, p.d_model));
       bool states = aligned(l.ssm_state_in, 16) && aligned(l.ssm_state_out, 16), wide_rows = false;
       if (kFamily == 1) {
@@ -103,10 +104,10 @@ template <typename T, int kFamily, int kIn, int kOut> struct Chain {
         states = states && p.d_state % 4 == 0;
       }
       ok &= start(scan_kernel<T, kFamily>, scan_grid, channels * 8, x_rows * sizeof(float), stream, p, l, s, states, wide_rows);
-      ok &= start(out_kernel<T, kOut>, out.grid, kProductThreads, out.shared, stream, p, l, s,
+      ok &= start(out_kernel<T, kOut, kBits>, out.grid, kProductThreads, out.shared, stream, p, l, s,
                   vectorizes<T>(l.out_proj, p.d_inner));
     }
-    ok = ok && start(head_kernel<T, kIn>, head.grid, kProductThreads, head.shared, stream, p, s,
+    ok = ok && start(head_kernel<T, kIn, kBits>, head.grid, kProductThreads, head.shared, stream, p, s,
                      vectorizes<T>(p.lm_head, p.d_model));
     const int status = launch_status();  // clears what failed
     return ok ? status : MAMBA_ERROR_CUDA;
@@ -114,9 +115,14 @@ template <typename T, int kFamily, int kIn, int kOut> struct Chain {
 };
 
 template <typename T, int kFamily> int launch_family(const Params& p, cudaStream_t stream) {
-  Chain<T, kFamily, kInDepth, kOutDepth> chain(p);
+  if constexpr (sizeof(T) == 2) {
+    if (p.weight_bits == 8) return Chain<T, kFamily, kPackedDepth, kPackedDepth, 8>(p).launch(p, stream);
+    if (p.weight_bits == 4) return Chain<T, kFamily, kPackedDepth, kPackedDepth, 4>(p).launch(p, stream);
+  }
+  constexpr int kBits = 8 * sizeof(T);
+  Chain<T, kFamily, kInDepth, kOutDepth, kBits> chain(p);
   if (chain.fits()) return chain.launch(p, stream);
-  return Chain<T, kFamily, kSmallDepth, kSmallDepth>(p).launch(p, stream);
+  return Chain<T, kFamily, kSmallDepth, kSmallDepth, kBits>(p).launch(p, stream);
 }
 
 }  // namespace

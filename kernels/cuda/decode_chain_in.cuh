@@ -78,8 +78,8 @@ template <int kFamily> struct InRows {
   }
 };
 
-template <typename T, int kFamily, int kDepth>
-__global__ void __launch_bounds__(kProductThreads, 4)
+template <typename T, int kFamily, int kDepth, int kBits>
+__global__ void __launch_bounds__(kProductThreads, kBits < 16 ? 3 : 4)
     in_kernel(const __grid_constant__ Params p, const __grid_constant__ Layer l, const __grid_constant__ Buffers s,
               bool vector) {
   extern __shared__ __align__(128) unsigned char smem[];
@@ -87,9 +87,10 @@ __global__ void __launch_bounds__(kProductThreads, 4)
   const InRows<kFamily> in(p);
   const int64_t b = blockIdx.y;
   const Share mine = share(in.units(), gridDim.x, blockIdx.x, 0);
-  const Product<T, kDepth> product(smem, p.d_model, mine.count);
+  const Packing f = packing<kBits>(p, p.d_model);
+  const Product<T, kDepth, kBits> product(smem, p.d_model, mine.count, f);
   auto rows = [&](int unit, int r) {
-    return static_cast<const T*>(l.in_proj) + int64_t(in.row(min(mine.first + unit, in.units() - 1), r)) * p.d_model;
+    return row_of<T, kBits>(l.in_proj, in.row(min(mine.first + unit, in.units() - 1), r), p.d_model, f);
   };
   const auto ahead = product.begin(static_cast<const T*>(l.norm), vector, rows);
   const int conv_dim = p.d_inner + in.bc;

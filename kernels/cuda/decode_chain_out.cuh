@@ -5,17 +5,18 @@
 
 namespace mamba::decode::chain {
 
-template <typename T, int kDepth>
-__global__ void __launch_bounds__(kProductThreads, 4)
+template <typename T, int kDepth, int kBits>
+__global__ void __launch_bounds__(kProductThreads, kBits < 16 ? 3 : 4)
     out_kernel(const __grid_constant__ Params p, const __grid_constant__ Layer l, const __grid_constant__ Buffers s,
                bool vector) {
   extern __shared__ __align__(128) unsigned char smem[];
   let_next_start();
   const int64_t b = blockIdx.y;
   const Share mine = share(ceil_div(p.d_model, 2), gridDim.x, blockIdx.x, 0);
-  const Product<T, kDepth> product(smem, p.d_inner, mine.count);
+  const Packing f = packing<kBits>(p, p.d_inner);
+  const Product<T, kDepth, kBits> product(smem, p.d_inner, mine.count, f);
   auto rows = [&](int unit, int r) {
-    return static_cast<const T*>(l.out_proj) + int64_t(min(2 * (mine.first + unit) + r, p.d_model - 1)) * p.d_inner;
+    return row_of<T, kBits>(l.out_proj, min(2 * (mine.first + unit) + r, p.d_model - 1), p.d_inner, f);
   };
   const auto ahead = product.begin(p.family == 2 ? static_cast<const T*>(l.gated_norm) : nullptr, vector, rows);
   wait_for_previous();
@@ -32,16 +33,17 @@ __global__ void __launch_bounds__(kProductThreads, 4)
   }
 }
 
-template <typename T, int kDepth>
-__global__ void __launch_bounds__(kProductThreads, 4)
+template <typename T, int kDepth, int kBits>
+__global__ void __launch_bounds__(kProductThreads, kBits < 16 ? 3 : 4)
     head_kernel(const __grid_constant__ Params p, const __grid_constant__ Buffers s, bool vector) {
   extern __shared__ __align__(128) unsigned char smem[];
   let_next_start();
   const int64_t b = blockIdx.y;
   const Share mine = share(ceil_div(p.vocab_size, 2), gridDim.x, blockIdx.x, 0);
-  const Product<T, kDepth> product(smem, p.d_model, mine.count);
+  const Packing f = packing<kBits>(p, p.d_model);
+  const Product<T, kDepth, kBits> product(smem, p.d_model, mine.count, f);
   auto rows = [&](int unit, int r) {
-    return static_cast<const T*>(p.lm_head) + int64_t(min(2 * (mine.first + unit) + r, p.vocab_size - 1)) * p.d_model;
+    return row_of<T, kBits>(p.lm_head, min(2 * (mine.first + unit) + r, p.vocab_size - 1), p.d_model, f);
   };
   const auto ahead = product.begin(static_cast<const T*>(p.norm_f), vector, rows);
   wait_for_previous();

@@ -3,20 +3,24 @@
 // what it copied itself, so that no barrier stands in the stream. The first loads precede the vector.
 #pragma once
 
-#include "decode_chain_row.cuh"
+#include "decode_chain_packed.cuh"
 
 namespace mamba::decode::chain {
 
 // Steps of a warp, 1 KB each; eight warps have 80 and 96 KB of them in a multiprocessor.
 constexpr int kInDepth = 10, kOutDepth = 12;  // in its ring
 constexpr int kSmallDepth = 4;                // where shared memory is smaller
+constexpr int kPackedDepth = 6;               // of integers
 constexpr int kFlight = 5;  // under way at a time while the kernels before run, whose loads queue behind these
 constexpr int kBeyond = 4;  // behind the ring, into the L2 cache
 
 // `count` units of two rows of `width` values. A step is 512 bytes of both rows of a unit; `rows(unit, r)` is where a row
-// begins.
-template <typename T, int kDepth> struct Product {
-  static constexpr int kChunk = 16 / sizeof(T), kStep = 32 * kChunk, kTeam = kProductThreads / 32;
+// begins. kBits: 8 or 4 for integers.
+template <typename T, int kDepth, int kBits = 8 * sizeof(T)> struct Product {
+  static constexpr bool kPacked = kBits < 16;
+  using Weight = std::conditional_t<kPacked, unsigned char, T>;
+  static constexpr int kChunk = 128 / kBits, kStep = 32 * kChunk, kTeam = kProductThreads / 32;
+  static constexpr int kHop = 16 / sizeof(Weight);  // from a lane's chunk to the next lane's
   static constexpr int kSlot = 64, kRing = kDepth * kSlot;  // in 16 bytes
   static constexpr int kFirst = kFlight < kDepth ? kFlight : kDepth;
 
@@ -25,12 +29,13 @@ template <typename T, int kDepth> struct Product {
   float4* x;    // for 16-bit weights two planes: values 0-3 and 4-7 of every eight
   float *squares, *sums;
   int2 own;  // of the sums that make up the row of this thread
+  Packing packed;
 
   static size_t bytes(int width, int units) {
     return kTeam * kRing * 16 + (ceil_div(width, kStep) * kStep + kTeam + 2 * (units + kTeam)) * sizeof(float);
   }
 
-  __device__ __forceinline__ Product(unsigned char* memory, int width, int count) : width(width) {
+  __device__ __forceinline__ Product(unsigned char* memory, int width, int count, const Packing& f) : width(width), packed(f) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     steps = ceil_div(width, kStep), each = ceil_div(count * steps, kTeam);
     first = warp * each, last = min(first + each, count * steps);
@@ -47,18 +52,18 @@ template <typename T, int kDepth> struct Product {
 
   struct Cursor {
     int unit, step;
-    const T *a, *b;  // this lane's chunks of both rows
+    const Weight *a, *b;  // this lane's chunks of both rows
   };
   template <typename F> __device__ __forceinline__ Cursor cursor(F&& rows) const {
     Cursor at{first / steps, first % steps, nullptr, nullptr};
-    const int i = at.step * kStep + threadIdx.x % 32 * kChunk;
+    const int i = at.step * 32 * kHop + threadIdx.x % 32 * kHop;
     at.a = rows(at.unit, 0) + i, at.b = rows(at.unit, 1) + i;
     return at;
   }
   template <typename F> __device__ __forceinline__ void advance(Cursor& at, F&& rows) const {
-    at.step++, at.a += kStep, at.b += kStep;
+    at.step++, at.a += 32 * kHop, at.b += 32 * kHop;
     if (at.step < steps) return;
-    const int i = threadIdx.x % 32 * kChunk;
+    const int i = threadIdx.x % 32 * kHop;
     at.step = 0, at.unit++, at.a = rows(at.unit, 0) + i, at.b = rows(at.unit, 1) + i;
   }
   __device__ __forceinline__ bool inside(int step) const { return step * kStep + int(threadIdx.x % 32) * kChunk < width; }
@@ -163,7 +168,9 @@ template <typename T, int kDepth> struct Product {
       if (lane % 16 == 0) sums[place * 2 + lane / 16] = sum;  // unit + warp only rises: a place for each pair of them
       a = b = 0.0f, step = 0, place++;
     };
-    if (vector) {
+    if constexpr (kPacked) {
+      run_packed(ahead, rows, step, a, b, finish);
+    } else if (vector) {
       uint4* slot = ring;
       const float4* at = x + step * 32 + lane;
 #pragma unroll 1
@@ -195,6 +202,37 @@ template <typename T, int kDepth> struct Product {
     }
     if (step) finish();
     __syncthreads();
+  }
+
+  // Integers: what run() does between its first and its last step.
+  template <typename F, typename G>
+  __device__ __forceinline__ void run_packed(Cursor ahead, F&& rows, int& step, float& a, float& b, G&& finish) const {
+    using Dot = PackedDot<T, kBits>;
+    const int lane = threadIdx.x % 32;
+    uint4* slot = ring;
+    int unit = first / steps;
+    Dot of_a, of_b;
+    auto scales = [&](int at) {  // of the step to come, a step ahead
+      const int value = at * kStep + lane / 4 * Dot::kValues;
+      if (value < width) of_a.load(rows(unit, 0), packed, value), of_b.load(rows(unit, 1), packed, value);
+    };
+    if (first < last) scales(step);
+#pragma unroll 1
+    for (int q = first; q < last; q++) {
+      cp_async_wait<kDepth - 1>();
+      const uint4 w = slot[0], v = slot[32];
+      const float4* at = x + step * (kStep / 8) + lane / 4 * (Dot::kValues / 8) + lane % 4;
+      of_a.next(), of_b.next();
+      const bool ends = step + 1 == steps;
+      unit += ends;
+      if (q + 1 < last) scales(ends ? 0 : step + 1);
+      if (q + kDepth < last) fetch(ahead, slot, rows);
+      cp_async_commit();
+      slot += kSlot;
+      if (slot == ring + kRing) slot = ring;
+      a = of_a.dot(w, at, plane(), a), b = of_b.dot(v, at, plane(), b);
+      if (++step == steps) finish();
+    }
   }
 
   // The product of row `i` of the units' rows.

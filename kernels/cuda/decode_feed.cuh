@@ -5,22 +5,28 @@
 
 namespace mamba::decode {
 
+// Bytes of a row of the matrix of a stage.
+template <int kBits, typename T, int kFamily>
+__device__ __forceinline__ int row_bytes(const Block<T, kFamily>& b, Stage stage) {
+  if constexpr (kBits < 16) return b.plan.shapes[stage].packed.row_bytes;
+  else return (stage == kOut ? b.p.d_inner : b.p.d_model) * int(sizeof(T));
+}
+
 // Rows that lie one behind the other.
-template <typename T>
-__device__ __forceinline__ void feed_rows(Producer& out, const void* weight, Share s, int width, int shift) {
+__device__ __forceinline__ void feed_rows(Producer& out, const void* weight, Share s, int row, int shift) {
   const int slot_rows = 1 << shift;
 #pragma unroll 1
   for (int r = 0; r < s.count; r += slot_rows) {
-    const char* from = static_cast<const char*>(weight) + int64_t(s.first + r) * width * sizeof(T);
-    out.push({from, int(min(slot_rows, s.count - r) * width * sizeof(T))});
+    const char* from = static_cast<const char*>(weight) + int64_t(s.first + r) * row;
+    out.push({from, min(slot_rows, s.count - r) * row});
   }
 }
 
 // in_proj: the block's rows of x, of z and, in Mamba-2 (where z comes first), of B, C and dt.
-template <typename T, int kFamily>
+template <int kBits, typename T, int kFamily>
 __device__ __forceinline__ void feed_in(Producer& out, const Block<T, kFamily>& b, const Layer& l) {
   const Params& p = b.p;
-  const int n = b.channels.count, row = p.d_model * int(sizeof(T)), shift = b.plan.shift_model;
+  const int n = b.channels.count, row = row_bytes<kBits>(b, kIn), shift = b.plan.shift_model;
   // Rows [at, at + count) of a slot that lie in the stretch of `size` rows which begins at row `begin` of the list.
   auto part = [&](const void* weight, int64_t first, int begin, int size, int at, int count) {
     const int from = max(at, begin), to = min(at + count, begin + size);
@@ -47,18 +53,18 @@ template <typename T> __device__ __forceinline__ void feed_scan(Producer& out, c
   }
 }
 
-template <typename T, int kFamily> __device__ void feed(const Block<T, kFamily>& b) {
+template <int kBits, typename T, int kFamily> __device__ void feed(const Block<T, kFamily>& b) {
   const Params& p = b.p;
   const Plan& plan = b.plan;
   Producer out(b.ring, plan.flight);
   for (int step = 0; step < p.n_steps; step++) {
     for (int i = 0; i < p.n_layer; i++) {
       const Layer& l = b.layers[i];
-      feed_in(out, b, l);
+      feed_in<kBits>(out, b, l);
       if constexpr (kFamily == 1) feed_scan(out, b, l);
-      feed_rows<T>(out, l.out_proj, b.out_rows, p.d_inner, plan.shift_inner);
+      feed_rows(out, l.out_proj, b.out_rows, row_bytes<kBits>(b, kOut), plan.shift_inner);
     }
-    if (b.has_head(step)) feed_rows<T>(out, p.lm_head, b.head_rows, p.d_model, plan.shift_model);
+    if (b.has_head(step)) feed_rows(out, p.lm_head, b.head_rows, row_bytes<kBits>(b, kHead), plan.shift_model);
   }
 }
 

@@ -11,6 +11,7 @@
 #include "decode_epilogue.cuh"
 #include "decode_feed.cuh"
 #include "decode_head.cuh"
+#include "decode_packed.cuh"
 #include "decode_scan.cuh"
 #include "decode_vector.cuh"
 
@@ -25,15 +26,15 @@ struct Progress {
 };
 
 // The vector that the stage multiplies, into shared memory: this thread's squares of it.
-template <int kStage, bool kHeld, typename T, int kFamily>
+template <int kStage, Taking kTaking, typename T, int kFamily>
 __device__ __forceinline__ float take_vector(const Worker<T, kFamily>& w, const Pass& pass, Progress& at) {
   const Shape& shape = w.plan.shapes[kStage];
   float square = 0.0f;
   if constexpr (kStage == kOut) {
-    take_inner<kHeld>(w, shape, at.epoch, square);
+    take_inner<kTaking>(w, shape, at.epoch, square);
   } else {
-    if (kStage == kIn && pass.layer == 0) take_embedding<kHeld>(w, shape, at.token, square);
-    else take_hidden<kHeld>(w, shape, at.epoch, square);
+    if (kStage == kIn && pass.layer == 0) take_embedding<kTaking>(w, shape, at.token, square);
+    else take_hidden<kTaking>(w, shape, at.epoch, square);
     at.epoch++;
   }
   __syncwarp();
@@ -52,8 +53,8 @@ __device__ __forceinline__ void finish(const Worker<T, kFamily>& w, const Pass& 
   else if constexpr (kStage == kOut) finish_out<kHeld>(w, pass, epoch);
 }
 
-// A product with what lies before and behind it.
-template <int kStage, bool kHeld, typename T, int kFamily>
+// A product with what lies before and behind it. kBits: 16 for weights of type T.
+template <int kStage, bool kHeld, int kBits, typename T, int kFamily>
 __device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pass& pass, const Layer& l, Progress& at,
                                           Convolution<T>& conv, Best& best) {
   if constexpr (kStage == kOut) {
@@ -68,9 +69,12 @@ __device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pas
   const int first_row = kStage == kIn ? keep(in_row(w, w.tid / 8)) : 0;
   if (kStage == kIn && w.lane % 8 == 0) conv.begin(w, l, w.tid / 8);
   if constexpr (kHeld) {
-    HeldProduct<T, kStage == kOut ? 2 : 1> product(w.x, shape.width, rows, w.lane, w.warp);
-    product.hold(w.ring, at.cursor, shape.shift);
-    float square = take_vector<kStage, true>(w, pass, at);
+    constexpr int kChunks = kStage == kOut ? 2 : 1;
+    using Held = std::conditional_t<kBits == 16, HeldProduct<T, kChunks>, PackedHeld<T, kChunks, kBits>>;
+    Held product(w.x, shape.width, rows, w.lane, w.warp);
+    if constexpr (kBits == 16) product.hold(w.ring, at.cursor, shape.shift);
+    else product.hold(w.ring, at.cursor, shape);
+    float square = take_vector<kStage, kHeldTiles>(w, pass, at);
     product.run(w.x, kNormed, partial);
     if (kNormed) {  // as one more row
 #pragma unroll
@@ -81,8 +85,9 @@ __device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pas
     finish<kStage, true>(w, pass, l, conv, first_row, at.epoch);
     product.release(w.ring, at.cursor, shape.shift);
   } else {
-    const TensorProduct<T> product(shape, rows, w.x, kNormed);  // what it can know before its vector arrives
-    float square = take_vector<kStage, false>(w, pass, at);
+    using Tiled = std::conditional_t<kBits == 16, TensorProduct<T>, PackedProduct<T, kBits>>;
+    const Tiled product(shape, rows, w.x, kNormed);  // what it can know before its vector arrives
+    float square = take_vector<kStage, kBits == 4 ? kTiled4 : kTiled>(w, pass, at);
     if (kNormed) {
       square = warp_sum(square);
       if (w.lane == 0) w.square(kStage)[w.warp] = square;
@@ -125,7 +130,7 @@ __device__ __forceinline__ void begin(const Worker<T, kFamily>& w, Convolution<T
 }
 
 // What the warps that compute do, token by token.
-template <bool kHeld, typename T, int kFamily> __device__ void compute(const Block<T, kFamily>& block) {
+template <bool kHeld, int kBits, typename T, int kFamily> __device__ void compute(const Block<T, kFamily>& block) {
   const Worker<T, kFamily> w(block);
   Progress at;
   Convolution<T> conv;
@@ -140,11 +145,11 @@ template <bool kHeld, typename T, int kFamily> __device__ void compute(const Blo
       const Pass pass{step, layer, head, more, more ? layer + 1 : 0, more ? step : step + 1};
       const Layer& l = w.layers[head ? 0 : layer];
       if (!head) {
-        run_stage<kIn, kHeld>(w, pass, l, at, conv, best);
-        run_stage<kOut, kHeld>(w, pass, l, at, conv, best);
+        run_stage<kIn, kHeld, kBits>(w, pass, l, at, conv, best);
+        run_stage<kOut, kHeld, kBits>(w, pass, l, at, conv, best);
         continue;
       }
-      run_stage<kHead, false>(w, pass, l, at, conv, best);
+      run_stage<kHead, false, kBits>(w, pass, l, at, conv, best);
       if (!w.p.output_ids) continue;
       at.token = next_token(w, best, step);
       best = Best{};
@@ -156,7 +161,7 @@ template <bool kHeld, typename T, int kFamily> __device__ void compute(const Blo
   }
 }
 
-template <typename T, int kFamily, bool kHeld>
+template <typename T, int kFamily, bool kHeld, int kBits>
 __global__ void __launch_bounds__(kThreads + 32, 1) stack_kernel(const __grid_constant__ Params p,
                                                                  const __grid_constant__ Layers layers,
                                                                  const __grid_constant__ Plan plan) {
@@ -164,8 +169,8 @@ __global__ void __launch_bounds__(kThreads + 32, 1) stack_kernel(const __grid_co
   const Block<T, kFamily> block(p, layers.layer, plan, smem);
   if (threadIdx.x == 0) block.ring.init(kWarps);
   __syncthreads();
-  if (threadIdx.x >= kThreads) feed(block);
-  else compute<kHeld>(block);
+  if (threadIdx.x >= kThreads) feed<kBits>(block);
+  else compute<kHeld, kBits>(block);
 }
 
 }  // namespace mamba::decode

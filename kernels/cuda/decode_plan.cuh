@@ -1,7 +1,7 @@
 // How a model is laid over the blocks of the whole-stack decode kernel: who owns what, and the ring's slots.
 #pragma once
 
-#include "common.cuh"
+#include "decode_integers.cuh"
 #include "mamba/decode_stack.h"
 
 namespace mamba::decode {
@@ -38,6 +38,7 @@ struct Shape {
   int whole;                    // 16-bit: one warp computes a slot, not all warps
   int held;                     // 16-bit: HeldProduct covers it
   int each, part_shift, turns;  // float: `each` rows a task of one warp, or 2^part_shift warps share a row
+  Packing packed;               // of integers; their steps are 64 bytes of a row
   // Segments are 1, 2 or 4.
   __host__ __device__ int segment_shift() const { return segments >> 1; }
   __host__ __device__ int tile_rows() const { return 16 >> segment_shift(); }
@@ -47,16 +48,19 @@ constexpr int kHeldUnits = 4;   // of a HeldProduct: a warp's chunks times its g
 constexpr int kHeldRows = 8 * kHeldUnits;  // places for so many rows, whatever the block has; behind them one for squares
 constexpr int kHeldTerms = 52;  // floats from row to row, of which 4 * kWarps are terms: no bank conflicts
 
+// `width` is 64 times the steps of a row: its values, or of integers its bytes.
 inline int segments_of(int width) { return width % 256 == 0 ? 4 : width % 128 == 0 ? 2 : 1; }
 
 // `chunks`: of 64 values, that a warp of a HeldProduct has; 0: none.
-template <typename T> inline Shape shape_of(int most, int width, int shift, int chunks, bool head) {
+template <typename T> inline Shape shape_of(const Params& p, int most, int width, int shift, int chunks, bool head) {
   Shape s{};
   s.most = most, s.width = width, s.shift = shift;
   if (sizeof(T) == 2) {
-    s.segments = segments_of(width);  // few rows: as many pieces as there are; else as few as make a tile fit a slot
+    if (p.weight_bits) s.packed = packing_of(p, width);
+    const int stepped = p.weight_bits ? integer_bytes(p, width) : width;
+    s.segments = segments_of(stepped);  // few rows: as many pieces as there are; else as few as make a tile fit a slot
     while (s.segments > 1 && most > 16 / s.segments && (16 / s.segments) < (1 << shift)) s.segments /= 2;
-    s.steps = width / (64 * s.segments);
+    s.steps = stepped / (64 * s.segments);
     s.whole = head || most > kSplitRows;
     s.terms = s.whole ? 1 : kWarps * s.segments;
     s.held = chunks && width <= 64 * chunks * kWarps && most <= 8 * kHeldUnits / chunks && shift >= 3;

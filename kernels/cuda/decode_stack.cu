@@ -1,6 +1,6 @@
 // decode_stack, the host's side: plans, checks, launches.
 #include "decode_chain.cuh"
-#include "decode_kernel.cuh"
+#include "decode_launch.cuh"
 
 namespace mamba::decode {
 namespace {
@@ -25,7 +25,9 @@ template <typename T> bool make_plan(const Params& p, Plan& plan) {
   plan.x_offset = units % plan.blocks;  // the leftovers of channels, x_rows and out_proj go to different blocks
   plan.out_offset = (plan.blocks - p.d_model % plan.blocks) % plan.blocks;
 
-  const int row_model = p.d_model * es, row_inner = p.d_inner * es, row_channel = dt_width * es + p.d_state * 4;
+  int row_model = p.d_model * es, row_inner = p.d_inner * es;
+  if (p.weight_bits) row_model = packing_of(p, p.d_model).row_bytes, row_inner = packing_of(p, p.d_inner).row_bytes;
+  const int row_channel = dt_width * es + p.d_state * 4;
   auto log2_of = [](int n) {
     int k = 0;
     while (2 << k <= n) k++;
@@ -34,21 +36,24 @@ template <typename T> bool make_plan(const Params& p, Plan& plan) {
   // Rows of a slot: a power of two; for tensor cores enough to fill a tile.
   int least_model = 1, least_inner = 1, wanted = 12288;
   if (es == 2) {
-    if (p.d_model % 64 || p.d_inner % 64) return false;
-    least_model = 16 / segments_of(p.d_model), least_inner = 16 / segments_of(p.d_inner), wanted = 24576;
+    const int model = p.weight_bits ? integer_bytes(p, p.d_model) : p.d_model;
+    const int inner = p.weight_bits ? integer_bytes(p, p.d_inner) : p.d_inner;
+    if (model % 64 || inner % 64) return false;
+    least_model = 16 / segments_of(model), least_inner = 16 / segments_of(inner), wanted = 24576;
   }
   auto larger = [](int a, int b) { return a > b ? a : b; };
   plan.shift_inner = log2_of(larger(least_inner, wanted / row_inner > 1 ? wanted / row_inner : 1));
   plan.slot_bytes = larger(row_inner << plan.shift_inner, row_model * least_model);
+  if (p.weight_bits && row_model <= wanted) plan.slot_bytes = larger(plan.slot_bytes, row_model << log2_of(wanted / row_model));
   plan.shift_inner = log2_of(plan.slot_bytes / row_inner);
   plan.shift_model = log2_of(plan.slot_bytes / row_model);
   plan.slot_channels = mamba1 ? plan.slot_bytes / row_channel / plan.unit * plan.unit : plan.channels_most;
   if (plan.slot_channels < plan.unit) return false;
   const int x_most = ceil_div(plan.x_rows, plan.blocks), out_most = ceil_div(p.d_model, plan.blocks);
   const int in_most = 2 * plan.channels_most + (mamba1 ? 0 : x_most);
-  plan.shapes[kIn] = shape_of<T>(in_most, p.d_model, plan.shift_model, 1, false);
-  plan.shapes[kOut] = shape_of<T>(out_most, p.d_inner, plan.shift_inner, 2, false);
-  plan.shapes[kHead] = shape_of<T>(ceil_div(p.vocab_size, plan.blocks), p.d_model, plan.shift_model, 0, true);
+  plan.shapes[kIn] = shape_of<T>(p, in_most, p.d_model, plan.shift_model, 1, false);
+  plan.shapes[kOut] = shape_of<T>(p, out_most, p.d_inner, plan.shift_inner, 2, false);
+  plan.shapes[kHead] = shape_of<T>(p, ceil_div(p.vocab_size, plan.blocks), p.d_model, plan.shift_model, 0, true);
   plan.held = plan.shapes[kIn].held && plan.shapes[kOut].held;
   plan.partials = larger(larger(in_most * plan.shapes[kIn].terms, out_most * plan.shapes[kOut].terms), 2 * kWarps);
   if (plan.held) plan.partials = (kHeldRows + 1) * kHeldTerms;
@@ -98,6 +103,7 @@ int check(const Params& p) {
     return MAMBA_ERROR_SHAPE;
   }
   if (p.n_steps > p.n_forced && !p.output_ids) return MAMBA_ERROR_NULL_POINTER;
+  if (const int status = check_integers(p); status != MAMBA_OK) return status;
   for (int i = 0; i < p.n_layer; i++) {
     const Layer& l = p.layers[i];
     const void* both[] = {l.norm,    l.in_proj, l.conv_weight,   l.conv_bias,      l.out_proj,     l.dt_bias,
@@ -117,27 +123,12 @@ template <typename F> int with_type(const Params& p, F&& f) {
 bool covers_fused(const Params& p, Plan& plan) {
   return aligned_weights(p) && with_type(p, [&](auto t) { return int(make_plan<decltype(t)>(p, plan)); }) == 1;
 }
-bool covers_chain(const Params& p) { return p.n_steps == 1 && !p.output_ids; }
-
-template <typename T, int kFamily> auto kernel_of(const Plan& plan) {
-  if constexpr (sizeof(T) == 2) {
-    if (plan.held) return stack_kernel<T, kFamily, true>;
+bool covers_chain(const Params& p) {
+  bool ok = p.n_steps == 1 && !p.output_ids;
+  for (int i = 0; p.weight_bits && i < p.n_layer; i++) {
+    ok &= aligned(p.layers[i].in_proj, 16) && aligned(p.layers[i].out_proj, 16);
   }
-  return stack_kernel<T, kFamily, false>;
-}
-
-template <typename T> int launch_fused(const Params& p, const Plan& plan, cudaStream_t stream) {
-  Layers layers;
-  for (int i = 0; i < p.n_layer; i++) layers.layer[i] = p.layers[i];
-  const auto kernel = p.family == 1 ? kernel_of<T, 1>(plan) : kernel_of<T, 2>(plan);
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(plan.shared_bytes)) != cudaSuccess ||
-      cudaMemsetAsync(p.workspace, 0, plan.words() * sizeof(Word), stream) != cudaSuccess) {
-    return MAMBA_ERROR_CUDA;
-  }
-  void* arguments[] = {const_cast<Params*>(&p), &layers, const_cast<Plan*>(&plan)};
-  const auto status = cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(plan.blocks),
-                                                  dim3(kThreads + 32), arguments, plan.shared_bytes, stream);
-  return status == cudaSuccess ? launch_status() : MAMBA_ERROR_CUDA;
+  return ok && (!p.weight_bits || aligned(p.lm_head, 16));
 }
 
 }  // namespace
@@ -173,7 +164,8 @@ extern "C" int mamba_decode_stack(const mamba_decode_stack_params* params, mamba
   const auto s = static_cast<cudaStream_t>(stream);
   const size_t needed = fused ? plan.words() * sizeof(Word) : chain_workspace(p);
   if (!p.workspace || p.workspace_size < needed || !mamba::aligned(p.workspace, 16)) return MAMBA_ERROR_WORKSPACE;
+  if (fused && p.weight_bits) return launch_packed(p, plan, s);
   return with_type(p, [&](auto t) {
-    return fused ? launch_fused<decltype(t)>(p, plan, s) : launch_chain<decltype(t)>(p, s);
+    return fused ? launch_fused<16, decltype(t)>(p, plan, s) : launch_chain<decltype(t)>(p, s);
   });
 }

@@ -9,8 +9,14 @@
 
 namespace mamba::decode {
 
-// Which values a thread takes, kValues neighbours a turn; kHeld: one turn, the chunks of a HeldProduct.
-template <bool kHeld, int kValues, typename T, int kFamily> struct Taker {
+// Whose chunks a warp takes: of a TensorProduct (or a PackedProduct of 8 bits), of a PackedProduct of 4 bits, whose steps are
+// 128 values, or of a HeldProduct.
+enum Taking { kTiled, kTiled4, kHeldTiles };
+
+// Which values a thread takes, kValues neighbours a turn; kHeld: one turn.
+template <Taking kTaking, int kValues, typename T, int kFamily> struct Taker {
+  static constexpr bool kHeld = kTaking == kHeldTiles;
+  static constexpr int kHalves = kTaking == kTiled4 ? 2 : 1;  // chunks of 64 values in a step
   static constexpr int kLanes = 64 / kValues;  // that a chunk takes
   const Worker<T, kFamily>& w;
   const Shape& s;
@@ -19,7 +25,7 @@ template <bool kHeld, int kValues, typename T, int kFamily> struct Taker {
   __device__ __forceinline__ Taker(const Worker<T, kFamily>& worker, const Shape& shape) : w(worker), s(shape) {
     constexpr int kTurn = kThreads * kValues;
     if (kHeld) turns = 1;
-    else if (Vector<T>::kTensor) turns = ((s.steps + kWarps - 1) / kWarps * s.segments * kLanes + 31) / 32;
+    else if (Vector<T>::kTensor) turns = ((s.steps + kWarps - 1) / kWarps * s.segments * kHalves * kLanes + 31) / 32;
     else turns = (s.width + kTurn - 1) / kTurn;
   }
   __device__ __forceinline__ static int place_of(int i) { return Vector<T>::template offset<kHeld>(i); }
@@ -29,8 +35,11 @@ template <bool kHeld, int kValues, typename T, int kFamily> struct Taker {
       const int i = (w.warp * 32 + w.lane) * kValues;
       return i < s.width ? i : -1;
     } else if constexpr (Vector<T>::kTensor) {
-      const int q = turn * (32 / kLanes) + w.lane / kLanes, chunk = w.warp + kWarps * (q >> s.segment_shift());
-      return chunk < s.steps ? ((q & (s.segments - 1)) * s.steps + chunk) * 64 + w.lane % kLanes * kValues : -1;
+      const int chunk = turn * (32 / kLanes) + w.lane / kLanes, q = chunk / kHalves;
+      const int step = w.warp + kWarps * (q >> s.segment_shift());
+      return step < s.steps ? (((q & (s.segments - 1)) * s.steps + step) * kHalves + chunk % kHalves) * 64 +
+                                  w.lane % kLanes * kValues
+                            : -1;
     } else {
       const int i = (turn * kThreads + w.tid) * kValues;
       return i < s.width ? i : -1;
@@ -99,10 +108,10 @@ template <typename T> __device__ __forceinline__ pair_t<T> pair_at(const T* from
 }
 
 // The first layer's: a row of the embedding. The residual begins with the block's part of it.
-template <bool kHeld, typename T, int kFamily>
+template <Taking kTaking, typename T, int kFamily>
 __device__ __forceinline__ void take_embedding(const Worker<T, kFamily>& w, const Shape& shape, int64_t token, float& square) {
   const T* row = static_cast<const T*>(w.p.embedding) + token * w.p.d_model;
-  const Taker<kHeld, 2, T, kFamily> taker(w, shape);
+  const Taker<kTaking, 2, T, kFamily> taker(w, shape);
 #pragma unroll 1
   for (int turn = 0; turn < taker.turns; turn++) {
     const int i = taker.at(turn);
@@ -116,9 +125,9 @@ __device__ __forceinline__ void take_embedding(const Worker<T, kFamily>& w, cons
   }
 }
 
-template <bool kHeld, typename T, int kFamily>
+template <Taking kTaking, typename T, int kFamily>
 __device__ __forceinline__ void take_hidden(const Worker<T, kFamily>& w, const Shape& shape, uint32_t epoch, float& square) {
-  Taker<kHeld, 2, T, kFamily>(w, shape).receive(
+  Taker<kTaking, 2, T, kFamily>(w, shape).receive(
       w.sent_hidden, epoch, [&](int i) { return pair_at(w.norm + i); },
       [&](int i, int where, uint32_t a, uint32_t b, pair_t<T> weight) {
         place_normed(w, i, where, __uint_as_float(a), __uint_as_float(b), weight, square);
@@ -126,9 +135,10 @@ __device__ __forceinline__ void take_hidden(const Worker<T, kFamily>& w, const S
 }
 
 // y for out_proj, in Mamba-2 behind the gated norm.
-template <bool kHeld, typename T, int kFamily>
+template <Taking kTaking, typename T, int kFamily>
 __device__ __forceinline__ void take_inner(const Worker<T, kFamily>& w, const Shape& shape, uint32_t epoch, float& square) {
   constexpr int kPack = Worker<T, kFamily>::kPack;
+  constexpr bool kHeld = kTaking == kHeldTiles;
   struct Weights {
     pair_t<T> low, high;
   };
@@ -140,7 +150,7 @@ __device__ __forceinline__ void take_inner(const Worker<T, kFamily>& w, const Sh
     }
     return f;
   };
-  const Taker<kHeld, 2 * kPack, T, kFamily> taker(w, shape);
+  const Taker<kTaking, 2 * kPack, T, kFamily> taker(w, shape);
   taker.receive(w.sent_y, epoch, weights, [&](int i, int where, uint32_t a, uint32_t b, Weights weight) {
     if constexpr (kPack == 2) {
       if (kFamily == 1) {

@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kernels.decode_stack import DecodeStack  # noqa: E402
+from kernels.library import KernelError  # noqa: E402
+from kernels.packed_weights import Format, round_to  # noqa: E402
 from mamba_export.checkpoint import open_checkpoint  # noqa: E402
 from mamba_export.models import build_model  # noqa: E402
 from mamba_export.models.lm import parameter_dtype  # noqa: E402
@@ -130,6 +132,83 @@ def test_matches_float64(name: str, dtype: str) -> None:
         states = [s for pair in zip(stack.conv_states, stack.ssm_states, strict=True) for s in pair]
         found = [error(o, e) for o, e in zip([torch.stack(logits, 1), *states], exact, strict=True)]
         assert all(f < a for f, a in zip(found, allowed, strict=True)), (tactic, found, allowed)
+
+
+FORMATS = {
+    "int8": Format(8, 0, False),
+    "int8 128": Format(8, 128, False),
+    "int4 32": Format(4, 32, False),
+    "int4 128": Format(4, 128, False),
+    "int4 32 zeros": Format(4, 32, True),
+    "int4 128 zeros": Format(4, 128, True),
+}
+
+
+def quantized(weights: dict[str, Any], form: Format) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights with integers where they can be, the head apart from the embedding; and what they stand for."""
+    heads = {"lm_head.weight": weights.get("lm_head.weight", weights["backbone.embedding.weight"])}
+    names = [n for n in (*weights, *heads) if n.endswith(("in_proj.weight", "out_proj.weight", "lm_head.weight"))]
+    matrices = {name: round_to((weights | heads)[name], form) for name in names}
+    return {**weights, **matrices}, weights | {name: m.dequantize() for name, m in matrices.items()}
+
+
+def run_stack(stack: DecodeStack, ids: Any, tactic: Any) -> list[Any]:
+    stack.reset()
+    logits = []
+    for token in ids:
+        out = torch.full((1, stack.spec.vocab_size), float("nan"), device="cuda")
+        logits.append(stack.step(token, out, tactic))
+    states = [s.clone() for pair in zip(stack.conv_states, stack.ssm_states, strict=True) for s in pair]
+    return [torch.stack(logits, 1), *states]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    "name", ["768", "2560", "untied", "narrow residual", "mamba2 384", "mamba2 2560", "mamba2 groups"]
+)
+def test_integers_match_float64(name: str, form: str, dtype: str) -> None:
+    """Against the model of the weights that the integers stand for; and fused against the chain."""
+    spec = SPECS[name]
+    mixed, weights = quantized(weights_of(spec, dtype, seed=len(name)), FORMATS[form])
+    ids = torch.randint(spec.vocab_size, (6, 1), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
+    exact, rounded = (run_torch(spec, weights, d, ids) for d in ("fp64", dtype))
+    allowed = [max(DTYPES[dtype], 3 * error(r, e)) for r, e in zip(rounded, exact, strict=True)]
+    stack = DecodeStack(spec, mixed)
+    assert stack.covers() == ["fused", "chain"]
+    for tactic in stack.covers():
+        found = [error(o, e) for o, e in zip(run_stack(stack, ids, tactic), exact, strict=True)]
+        assert all(f < a for f, a in zip(found, allowed, strict=True)), (tactic, found, allowed)
+
+
+@pytest.mark.parametrize("name", ["768", "2560", "mamba2 384"])
+@pytest.mark.parametrize("form", ["int8", "int4 32 zeros"])
+def test_integers_give_the_same_bits(name: str, form: str) -> None:
+    spec = SPECS[name]
+    stack = DecodeStack(spec, quantized(weights_of(spec, "bf16", seed=5), FORMATS[form])[0])
+    first: Any = None
+    for _ in range(20):
+        stack.reset()
+        ids = stack.generate([3, 1, 4], 24)
+        result = [ids, stack.step(ids[-1:], tactic="fused"), *stack.conv_states, *stack.ssm_states]
+        first = first or [r.clone() for r in result]
+        assert all(torch.equal(a, b) for a, b in zip(result, first, strict=True))
+
+
+def test_integers_that_there_are_not() -> None:
+    spec = SPECS["192"]
+    weights = weights_of(spec, "bf16", seed=1)
+    mixed, _ = quantized(weights, FORMATS["int8"])
+    with pytest.raises(KernelError):
+        DecodeStack(spec, {**mixed, "lm_head.weight": weights["backbone.embedding.weight"]})
+    with pytest.raises(KernelError):
+        DecodeStack(
+            spec, {**mixed, "lm_head.weight": round_to(weights["backbone.embedding.weight"], Format(8, 64, False))}
+        )
+    with pytest.raises(KernelError):
+        DecodeStack(spec, {**mixed, "backbone.layers.0.mixer.x_proj.weight": mixed["lm_head.weight"]})
+    wide = {name: w.float() if hasattr(w, "data_ptr") else w for name, w in mixed.items()}
+    assert DecodeStack(spec, wide).covers() == []  # float32 activations
 
 
 def test_chain_takes_batches() -> None:

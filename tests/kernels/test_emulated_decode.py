@@ -18,6 +18,7 @@ import torch
 
 from kernels import decode_stack
 from kernels.decode_stack import DecodeStack
+from kernels.packed_weights import Format, round_to
 from mamba_export.models import build_model
 from mamba_export.models.lm import parameter_dtype
 from mamba_export.spec import ModelSpec
@@ -63,7 +64,9 @@ ASSEMBLY = {
     "ld.relaxed": "emulation::yield(); v = *reinterpret_cast<const ulonglong2*>(from)",
     "bar.sync 1": "emulation::block_barrier(1, kThreads)",
     "// keep": "",
-    "mma.sync": "emulated_mma<T>(c, {a0, a1, a2, a3, b0, b1})",
+    "{%0,%1,%2,%3};": "emulated_mma<T>(c, {a0, a1, a2, a3, b0, b1})",
+    "{%10,%10,%10,%10};": "c[0] = c[1] = c[2] = c[3] = 0.0f; emulated_mma<T>(c, {a0, a1, a2, a3, b0, b1})",
+    "lop3.b32": "out = (v & mask) ^ magic",
 }
 
 
@@ -85,7 +88,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         text = text.replace("extern __shared__ __align__(128) unsigned char smem[];",
                             "unsigned char* smem = emulation::current->block->base;")  # fmt: skip
         (folder / header.name).write_text(text)
-    text = (SOURCES / "decode_stack.cu").read_text()
+    text = (folder / "decode_launch.cuh").read_text()
     launch = re.search(r"  void\* arguments\[\].*?MAMBA_ERROR_CUDA;\n", text, re.DOTALL)
     assert launch is not None
     text = text.replace(
@@ -93,8 +96,11 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         "  const bool whole = emulation::run(plan.blocks, kThreads + 32, plan.shared_bytes, emulated_seed,"
         " [&] { kernel(p, layers, plan); });\n  return whole ? MAMBA_OK : MAMBA_ERROR_CUDA;\n",
     )
-    text = text.replace('#include "decode_chain.cuh"', '#include <algorithm>\n#include "decode_chain.cuh"')
     text = text.replace("namespace mamba::decode {", "static unsigned emulated_seed = 0;\nnamespace mamba::decode {", 1)
+    (folder / "decode_launch.cuh").write_text(text)
+    text = (SOURCES / "decode_stack.cu").read_text()
+    text = text.replace('#include "decode_chain.cuh"', '#include <algorithm>\n#include "decode_chain.cuh"')
+    text += (SOURCES / "decode_packed.cu").read_text()
     text += """
 static int emulated_blocks = 1;
 static size_t emulated_shared = 0;
@@ -140,8 +146,34 @@ def mamba2(d_model: int, **changes: Any) -> ModelSpec:
     )  # fmt: skip
 
 
+def quantized(weights: dict[str, torch.Tensor], form: Format) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The weights with integers where they can be, the head apart from the embedding; and what they stand for."""
+    heads = {"lm_head.weight": weights.get("lm_head.weight", weights["backbone.embedding.weight"])}
+    names = [n for n in (*weights, *heads) if n.endswith(("in_proj.weight", "out_proj.weight", "lm_head.weight"))]
+    matrices = {name: round_to((weights | heads)[name], form) for name in names}
+    return {**weights, **matrices}, weights | {name: m.dequantize() for name, m in matrices.items()}
+
+
+INT8, INT8_128 = Format(8, 0, False), Format(8, 128, False)
+INT4_32, INT4_64, INT4_128 = (Format(4, group, False) for group in (32, 64, 128))
+INT4_32_ZEROS, INT4_128_ZEROS = Format(4, 32, True), Format(4, 128, True)
+# model, dtype, blocks, kB of shared memory, how integers are stored
+INTEGER_CASES = {
+    "mamba1 int8": (mamba1(64), "bf16", 3, 96, INT8),
+    "mamba1 int8 held": (mamba1(64, d_inner=64), "fp16", 4, 96, Format(8, 32, False)),
+    "mamba2 int8 pieces": (
+        mamba2(64, n_layer=1, d_inner=4096, nheads=64, headdim=64, d_state=8), "bf16", 3, 227, INT8_128,
+    ),
+    "mamba1 int4": (mamba1(128, n_layer=1), "fp16", 3, 160, INT4_32_ZEROS),
+    "mamba1 int4 held": (mamba1(128, n_layer=1, d_inner=128), "bf16", 8, 160, INT4_64),
+    "mamba1 int4 held zeros": (mamba1(128, n_layer=1, d_inner=128), "fp16", 8, 160, INT4_32_ZEROS),
+    "mamba2 int4": (mamba2(128, n_layer=1, ngroups=2, tie_embeddings=False), "bf16", 6, 160, INT4_32),
+    "mamba2 int4 pieces": (
+        mamba2(128, n_layer=1, d_inner=4096, nheads=64, headdim=64, d_state=8), "bf16", 3, 227, INT4_128_ZEROS,
+    ),
+}  # fmt: skip
 # model, dtype, blocks, kB of shared memory
-CASES = {
+CASES: dict[str, tuple[Any, ...]] = INTEGER_CASES | {
     "mamba1 bf16": (mamba1(64), "bf16", 3, 96),
     "mamba1 fp16": (mamba1(64, n_layer=1, d_inner=192, d_state=64, residual_in_fp32=False, dt_rank=10), "fp16", 3, 128),
     "mamba1 fp32": (mamba1(72, n_layer=1, d_conv=3, dt_rank=6, tie_embeddings=False), "fp32", 2, 64),
@@ -188,7 +220,7 @@ def error(out: torch.Tensor, reference: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_float64_in_any_order(case: str, built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, dtype, blocks, shared = CASES[case]
+    spec, dtype, blocks, shared, *form = CASES[case]
     seed = 0
 
     def launch(op: str, params: ctypes.Structure, like: Any) -> None:
@@ -200,7 +232,10 @@ def test_matches_float64_in_any_order(case: str, built: ctypes.CDLL, monkeypatch
 
     monkeypatch.setattr(decode_stack, "launch", launch)
     weights = weights_of(spec, dtype)
-    stack = DecodeStack(spec, weights)
+    mixed: Any = weights
+    if form:
+        mixed, weights = quantized(weights, form[0])
+    stack = DecodeStack(spec, mixed)
     prompt = [5, 7]
     expected = run_torch(spec, weights, prompt)
     results: list[list[torch.Tensor]] = []

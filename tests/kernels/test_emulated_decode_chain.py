@@ -18,7 +18,24 @@ import torch
 from kernels import decode_stack
 from kernels.decode_stack import DecodeStack
 
-from .test_emulated_decode import HERE, SOURCES, TOLERANCE, error, mamba1, mamba2, run_torch, weights_of
+from .test_emulated_decode import (
+    ASSEMBLY,
+    HERE,
+    INT4_32_ZEROS,
+    INT4_64,
+    INT4_128,
+    INT8,
+    INT8_128,
+    SOURCES,
+    TOLERANCE,
+    error,
+    mamba1,
+    mamba2,
+    quantized,
+    replace_assembly,
+    run_torch,
+    weights_of,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -84,7 +101,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     common = re.sub(r'asm\("rcp.*\n', "y = 1.0f / x;\n", common)
     (folder / "common.cuh").write_text(common + '#include "asynchronous.cuh"\n')
     (folder / "early_launch.cuh").write_text(EARLY)
-    shutil.copy(SOURCES / "decode_plan.cuh", folder)
+    for header in ("decode_plan.cuh", "decode_integers.cuh"):
+        (folder / header).write_text(replace_assembly((SOURCES / header).read_text(), ASSEMBLY))
     for header in SOURCES.glob("decode_chain*.cuh"):
         text = header.read_text()
         assert "asm" not in text
@@ -106,8 +124,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return library
 
 
-# model, dtype, rows, blocks, kB of shared memory
-CASES = {
+# model, dtype, rows, blocks, kB of shared memory, how integers are stored
+CASES: dict[str, tuple[Any, ...]] = {
     "mamba1 bf16": (mamba1(192), "bf16", 1, 3, 227),
     "mamba1 several steps": (mamba1(264, n_layer=1, d_inner=1056), "fp16", 1, 5, 227),
     "mamba1 fp16": (
@@ -118,12 +136,19 @@ CASES = {
     "mamba2 bf16": (mamba2(64, ngroups=2), "bf16", 1, 3, 227),
     "mamba2 wide state": (mamba2(128, n_layer=1, d_state=144), "fp16", 1, 7, 99),
     "mamba2 odd": (mamba2(36, n_layer=1, d_state=18, headdim=24, nheads=3), "fp32", 2, 2, 99),
+    "mamba1 int8": (mamba1(64), "bf16", 2, 3, 99, INT8),
+    "mamba1 int8 several steps": (mamba1(192, n_layer=1, d_inner=1216), "fp16", 1, 5, 99, INT8_128),
+    "mamba1 int4": (mamba1(128, n_layer=1), "bf16", 1, 3, 99, INT4_64),
+    "mamba2 int4 several steps": (
+        mamba2(384, n_layer=1, d_inner=1152, headdim=64, nheads=18), "fp16", 1, 4, 99, INT4_32_ZEROS,
+    ),
+    "mamba2 int4": (mamba2(128, n_layer=1, d_inner=256), "fp16", 2, 3, 99, INT4_128),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_matches_float64(case: str, built: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, dtype, rows, blocks, shared = CASES[case]
+    spec, dtype, rows, blocks, shared, *form = CASES[case]
 
     def launch(op: str, params: ctypes.Structure, like: Any) -> None:
         size = built.workspace_of(ctypes.byref(params))
@@ -133,7 +158,10 @@ def test_matches_float64(case: str, built: ctypes.CDLL, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(decode_stack, "launch", launch)
     weights = weights_of(spec, dtype)
-    stack = DecodeStack(spec, weights, batch=rows)
+    mixed: Any = weights
+    if form:
+        mixed, weights = quantized(weights, form[0])
+    stack = DecodeStack(spec, mixed, batch=rows)
     prompts = [[5, 7, 2], [9, 60, 3]][:rows]
     logits = [stack.step(torch.tensor(tokens), tactic="chain").clone() for tokens in zip(*prompts, strict=True)]
     for row, prompt in enumerate(prompts):

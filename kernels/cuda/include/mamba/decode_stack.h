@@ -2,11 +2,21 @@
  *
  * The step of every layer, from the embedding to the logits: residual add, RMSNorm, in_proj, convolution, scan update,
  * gate, out_proj; at the end the last norm and the head. Weights are the checkpoint's own tensors, [out, in] and dense;
- * nothing is packed. The residual, the exchange between blocks and all sums are float32.
+ * nothing is packed, unless they are integers (below). The residual, the exchange between blocks and all sums are float32.
  *
  * Two ways of doing it:
  *  - fused: one cooperative launch for all layers and tokens, one block to a multiprocessor;
  *  - chain: four kernels a layer, for a CUDA graph; covers every shape and any batch, one token a call.
+ *
+ * Integer weights: with weight_bits 8 or 4, in_proj, out_proj and lm_head hold rows of integers q that stand for
+ * scale * (q - zero), one scale (and zero) to `group_size` neighbours of a row; everything else stays as it is, T being float16
+ * or bfloat16. Of 8 bits q is signed and zero is 0; of 4 bits q is 0 to 15 and zero is 8, or a whole number from 0 to 15 if
+ * zero_points is set. A row of K values is a multiple of 64 bytes long, an odd one, and aligned to 16:
+ *   K * weight_bits / 8 bytes of integers, itself a multiple of 64 bytes;
+ *   the scales of the row's groups, T; then their zero points, T, if there are; then padding.
+ * 64 bytes hold 64 or 128 values, 32 at a time, as tensor cores take them. Byte 16 t + i belongs to lane t (0 to 3), which has
+ * values 8 t to 8 t + 7 of every 32: of 8 bits the h-th 32 in bytes 8 h to 8 h + 7 of the lane's, in the order 0 2 1 3 4 6 5 7;
+ * of 4 bits the h-th 32 in bytes 4 h to 4 h + 3, in the order 0 2 4 6 1 3 5 7 from the lowest bits on.
  */
 #ifndef MAMBA_DECODE_STACK_H_
 #define MAMBA_DECODE_STACK_H_
@@ -58,6 +68,9 @@ typedef struct {
   float* logits;       /* [batch, vocab_size], of the last step */
   void* workspace;
   size_t workspace_size;
+  int32_t weight_bits; /* 0: in_proj, out_proj and lm_head are T; 8 or 4: integers */
+  int32_t group_size;  /* values that share a scale: a power of two from 32 on; 0: the whole row */
+  int32_t zero_points; /* 4 bits: whether groups have zero points of their own */
 } mamba_decode_stack_params;
 
 /* Logits that tie go to the smaller id. The chain takes one step a call and no output_ids. */
