@@ -25,11 +25,11 @@ import numpy as np
 import peers
 
 ROOT = Path(__file__).resolve().parents[1]
-# Recipe of the speed test and of the perplexity test, and llama.cpp's file type of about as many bits.
+# Recipe of the speed test, those of the perplexity test, and llama.cpp's file type of about as many bits.
 PAIRS = {
-    "8 bits": ("w8a16", "w8a16", "Q8_0"),
-    "4 bits": ("w4a16-g32", "w4a16-g32", "Q4_K_M"),
-    "4 bits, groups of 128": ("w4a16", "w4a16", "Q4_K_M"),
+    "8 bits": ("w8a16", ("w8a16", "w8a16-gptq"), "Q8_0"),
+    "4 bits": ("w4a16-g32", ("w4a16-g32",), "Q4_K_M"),
+    "4 bits, groups of 128": ("w4a16", ("w4a16",), "Q4_K_M"),
 }
 
 
@@ -163,14 +163,16 @@ def quality(options: argparse.Namespace, python: str) -> None:
     for name, (value, error, size) in floats.items():
         print(f"| 32 bits | {name} | {size:.1f} | {value:.4f} ± {error:.4f} | |")
     known: dict[str, tuple[float, float, float]] = {}
-    for bits, (_, recipe, kind) in PAIRS.items():
-        bundle = quantized(
-            checkpoint, recipe, f"mamba1-small-{recipe}", options.cache, calibration=statistics, logits="all"
-        )
+    for bits, (_, recipes, kind) in PAIRS.items():
+        rows = []
+        for recipe in recipes:
+            bundle = quantized(
+                checkpoint, recipe, f"mamba1-small-{recipe}", options.cache, calibration=statistics, logits="all"
+            )
+            rows.append((f"mamba-export {recipe}", of_bundle(bundle), "mamba-export fp32"))
         if kind not in known:
             known[kind] = of_llama(kind)
-        rows = ((f"mamba-export {recipe}", of_bundle(bundle), "mamba-export fp32"),)
-        rows += ((f"llama.cpp {kind}", known[kind], "llama.cpp F32"),)
+        rows.append((f"llama.cpp {kind}", known[kind], "llama.cpp F32"))
         for name, (value, _, size), base in rows:
             loss = 100 * (value / floats[base][0] - 1)
             print(f"| {bits} | {name} | {size:.1f} | {value:.4f} | {loss:+.3f} % |", flush=True)

@@ -86,4 +86,5 @@ def round_to(weight: Tensor, form: Format) -> Matrix:
 
     scheme = Weights(type=f"int{form.bits}", group=form.group, zeros=form.zeros)
     dtype = "bf16" if str(weight.dtype) == "torch.bfloat16" else "fp16"
-    return round_to_nearest(weight.float(), scheme, dtype)
+    rounded: Matrix = round_to_nearest(weight.float(), scheme, dtype)
+    return rounded

@@ -9,7 +9,7 @@ from mamba_export.calibration.recipes import CHANNEL, load_recipe, names
 
 from mamba_export.errors import UsageError
 
-EXPECTED = {"w8a16", "w8a8", "w4a16", "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a8", "fp8"}
+EXPECTED = {"w8a16", "w8a16-gptq", "w8a8", "w4a16", "w4a16-g32", "w4a16-g64", "w4a16-g128", "w4a8", "fp8"}
 
 
 def test_the_promised_recipes_come_along() -> None:
