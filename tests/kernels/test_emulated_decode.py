@@ -70,9 +70,8 @@ ASSEMBLY = {
 }
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("decode")
+def copy_shared_headers(folder: Path) -> None:
+    """The headers that every emulated kernel takes, and common.cuh without PTX."""
     shutil.copytree(SOURCES / "include", folder / "include")
     for header in (*HERE.glob("emulation/cuda_*16.h"), *HERE.glob("fibers/*")):
         shutil.copy(header, folder)
@@ -81,6 +80,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     common = re.sub(r'asm\("ex2.*\n', "y = std::exp2(x);\n", common)
     common = re.sub(r'asm\("rcp.*\n', "y = 1.0f / x;\n", common)
     (folder / "common.cuh").write_text(common + '#include "asynchronous.cuh"\n')
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("decode")
+    copy_shared_headers(folder)
     for header in SOURCES.glob("decode_*.cuh"):
         if header.name.startswith("decode_chain_"):  # the kernels of the chain: not emulated
             continue

@@ -20,7 +20,6 @@ from kernels.decode_stack import DecodeStack
 
 from .test_emulated_decode import (
     ASSEMBLY,
-    HERE,
     INT4_32_ZEROS,
     INT4_64,
     INT4_128,
@@ -28,6 +27,7 @@ from .test_emulated_decode import (
     INT8_128,
     SOURCES,
     TOLERANCE,
+    copy_shared_headers,
     error,
     mamba1,
     mamba2,
@@ -92,14 +92,7 @@ extern "C" int emulate(const mamba_decode_stack_params* p, int blocks, size_t sh
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("chain")
-    shutil.copytree(SOURCES / "include", folder / "include")
-    for header in (*HERE.glob("emulation/cuda_*16.h"), *HERE.glob("fibers/*")):
-        shutil.copy(header, folder)
-    common = (SOURCES / "common.cuh").read_text()
-    common = common[: common.index("// ---- asynchronous copies")] + "}  // namespace mamba\n"
-    common = re.sub(r'asm\("ex2.*\n', "y = std::exp2(x);\n", common)
-    common = re.sub(r'asm\("rcp.*\n', "y = 1.0f / x;\n", common)
-    (folder / "common.cuh").write_text(common + '#include "asynchronous.cuh"\n')
+    copy_shared_headers(folder)
     (folder / "early_launch.cuh").write_text(EARLY)
     for header in ("decode_plan.cuh", "decode_integers.cuh"):
         (folder / header).write_text(replace_assembly((SOURCES / header).read_text(), ASSEMBLY))

@@ -25,6 +25,7 @@ from mamba_export.fused_step import OP_TYPE
 from mamba_export.ops.decode_stack import ATTRIBUTES, decode_stack_reference
 from mamba_export.runtime import OrtRunner
 from mamba_export.runtime.ort_session import make_session
+from tests.graph.test_fuse import CHECKPOINTS, by_model
 from tests.make_checkpoints import make_statespaces
 from tests.models.traced import traced_once
 
@@ -32,16 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE, SOURCES = Path(__file__).parent / "stack", ROOT / "plugins" / "onnxruntime" / "src"
 REFERENCE = ROOT / "plugins" / "tensorrt" / "tests"
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-shared"]
-CONFIGS: dict[str, dict[str, Any]] = {
-    "mamba1": {"vocab_size": 51, "ssm_cfg": {"d_conv": 3}},
-    "mamba2": {
-        "tie_embeddings": False,
-        "residual_in_fp32": False,
-        "ssm_cfg": {"layer": "Mamba2", "d_state": 6, "headdim": 8, "ngroups": 1},
-    },
-}
 TOLERANCE = {"fp32": 5e-6, "fp16": 5e-3}
-by_model = pytest.mark.parametrize("model", CONFIGS)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +61,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], B
     base = tmp_path_factory.mktemp("bundles")
     made = {}
     with traced_once():
-        for name, config in CONFIGS.items():
+        for name, config in CHECKPOINTS.items():
             ckpt = make_statespaces(base / name, **config)
             for dtype in TOLERANCE:
                 out = base / f"{name}-{dtype}"
