@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from .library import KernelError, dtype_code, launch, params_struct, tactics
-from .packed_weights import Format, common_format, pack
+from .packed_weights import Format, common_format, format_of, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,18 +53,17 @@ NAMES = {
     "mamba2": {**_BOTH, "dt_bias": "mixer.dt_bias", "gated_norm": "mixer.norm.weight"},
 }
 FLOAT32 = ("dt_bias", "A", "D")
-INTEGERS = ("in_proj", "out_proj")
-"""Of a layer, what is integers where weights are; the head is too."""
 
 
 def _packed(weights: Mapping[str, Tensor | Matrix]) -> tuple[dict[str, Tensor], Format]:
     """The weights with all quantized matrices packed, and their format; of 0 bits where none is."""
+    from mamba_export.fused_step import PACKABLE
+
     embedding: Any = weights["backbone.embedding.weight"]
     found: dict[str, Any] = {name: w for name, w in weights.items() if hasattr(w, "data_ptr")}
     matrices: dict[str, Any] = {name: w for name, w in weights.items() if name not in found}
-    allowed = ("lm_head.weight", *(f"mixer.{field}.weight" for field in INTEGERS))
     for name, matrix in matrices.items():
-        if not name.endswith(allowed):
+        if not name.endswith(PACKABLE):
             raise KernelError(
                 f"decode_stack: {name} cannot be quantized", hint="quantize in_proj, out_proj and lm_head"
             )
@@ -73,7 +72,7 @@ def _packed(weights: Mapping[str, Tensor | Matrix]) -> tuple[dict[str, Tensor], 
         return found, Format(0, 0, False)
     if "lm_head.weight" not in matrices:
         raise KernelError("decode_stack: lm_head.weight must be quantized as the layers are")
-    return found, common_format(matrices.values())
+    return found, common_format([(format_of(matrix), matrix.columns) for matrix in matrices.values()])
 
 
 class DecodeStack:
@@ -90,7 +89,7 @@ class DecodeStack:
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor | Matrix], batch: int = 1) -> None:
         import torch
 
-        from mamba_export.fused_step import unsupported
+        from mamba_export.fused_step import PACKABLE, unsupported
         from mamba_export.states import state_table
 
         reason = unsupported(spec)
@@ -110,7 +109,7 @@ class DecodeStack:
             layer = {field: floats[f"backbone.layers.{i}.{name}"] for field, name in NAMES[spec.family].items()}
             for field, tensor in layer.items():
                 wanted = torch.float32 if field in FLOAT32 else self.dtype
-                if self.format.bits and field in INTEGERS:
+                if self.format.bits and NAMES[spec.family][field].endswith(PACKABLE):
                     wanted = torch.uint8
                 if tensor.dtype != wanted or not tensor.is_contiguous() or tensor.device != self.device:
                     raise KernelError(f"decode_stack: {field} of layer {i} must be dense {wanted} on the GPU")

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
     from mamba_export.quantized import Matrix
 
-__all__ = ["Format", "common_format", "format_of", "pack", "round_to"]
+__all__ = ["ORDER", "Format", "common_format", "format_for", "format_of", "pack", "round_to", "row_bytes", "unpack"]
 
 _UNIT = 64
-_ORDER = {8: (0, 2, 1, 3, 4, 6, 5, 7), 4: (0, 2, 4, 6, 1, 3, 5, 7)}
-"""Of every eight neighbours, which lie where."""
+ORDER = {8: (0, 2, 1, 3, 4, 6, 5, 7), 4: (0, 2, 4, 6, 1, 3, 5, 7)}
+"""Of every eight neighbours, which lie where: by bits of an integer."""
 
 
 @dataclass(frozen=True)
@@ -31,32 +31,49 @@ class Format:
     group: int
     zeros: bool
 
+    def groups(self, columns: int) -> int:
+        """Scales of a row."""
+        return -(-columns // self.group) if self.group else 1
 
-def format_of(matrix: Matrix) -> Format:
-    """The format of a quantized matrix; an error says what the kernels do not have."""
-    if matrix.kind not in ("int8", "int4"):
-        raise KernelError(f"decode_stack has no {matrix.kind} weights", hint="quantize to int8 or int4")
-    if matrix.kind == "int8" and matrix.zeros is not None:
+
+def format_for(kind: str, columns: int, group: int, zeros: bool = False) -> Format:
+    """The format of rows of ``columns`` values of which ``group`` share a scale; an error says what kernels lack."""
+    if kind not in ("int8", "int4"):
+        raise KernelError(f"decode_stack has no {kind} weights", hint="quantize to int8 or int4")
+    if kind == "int8" and zeros:
         raise KernelError("decode_stack has no zero points of int8")
-    group = 0 if matrix.group >= matrix.columns else matrix.group
+    group = 0 if group >= columns else group
     if group and (group < 32 or group & (group - 1)):
         raise KernelError(
             f"decode_stack has no groups of {group} values", hint="a power of two from 32 on, or whole rows"
         )
-    bits = 8 if matrix.kind == "int8" else 4
-    if matrix.columns * bits % (8 * _UNIT):
-        raise KernelError(f"decode_stack has no rows of {matrix.columns} {matrix.kind}")
-    return Format(bits, group, matrix.zeros is not None)
+    bits = 8 if kind == "int8" else 4
+    if columns * bits % (8 * _UNIT):
+        raise KernelError(
+            f"decode_stack has no rows of {columns} {kind}", hint=f"widths are multiples of {8 * _UNIT // bits}"
+        )
+    return Format(bits, group, zeros)
 
 
-def common_format(matrices: Collection[Matrix]) -> Format:
-    """The one format of all matrices: where it has groups, narrow matrices may have a single one."""
-    formats = {format_of(matrix) for matrix in matrices}
-    group = max(form.group for form in formats)
-    wide = any(format_of(m).group == 0 and m.columns > group for m in matrices)
-    if len({(f.bits, f.zeros) for f in formats}) > 1 or len({f.group for f in formats} - {0}) > 1 or (group and wide):
+def format_of(matrix: Matrix) -> Format:
+    """The format of a quantized matrix; an error says what the kernels do not have."""
+    return format_for(matrix.kind, matrix.columns, matrix.group, matrix.zeros is not None)
+
+
+def common_format(formats: Collection[tuple[Format, int]]) -> Format:
+    """The one format of matrices of such formats and columns: where it has groups, narrow ones may have just one."""
+    group = max(form.group for form, _ in formats)
+    wide = any(form.group == 0 and columns > group for form, columns in formats)
+    found = {form for form, _ in formats}
+    if len({(f.bits, f.zeros) for f in found}) > 1 or len({f.group for f in found} - {0}) > 1 or (group and wide):
         raise KernelError("decode_stack: quantized matrices have different formats", hint="give all the same")
-    return next(form for form in formats if form.group == group)
+    return next(form for form in found if form.group == group)
+
+
+def row_bytes(form: Format, columns: int) -> int:
+    """Bytes of a packed row."""
+    used = columns * form.bits // 8 + 2 * form.groups(columns) * (1 + form.zeros)
+    return (-(-used // _UNIT) | 1) * _UNIT  # an odd number of units
 
 
 def pack(matrix: Matrix, dtype: Any, device: Any = None) -> Tensor:
@@ -71,12 +88,28 @@ def pack(matrix: Matrix, dtype: Any, device: Any = None) -> Tensor:
         stored = stored + zeros.to(torch.int8).repeat_interleave(matrix.group, 1)[:, : matrix.columns]
         parts += [zeros] * form.zeros
     subs = 16 // form.bits  # 32 values each, in the 64 bytes of four lanes
-    stored = stored.reshape(len(stored), -1, subs, 4, 8).transpose(2, 3)[..., _ORDER[form.bits]].flatten(1)
+    stored = stored.reshape(len(stored), -1, subs, 4, 8).transpose(2, 3)[..., ORDER[form.bits]].flatten(1)
     if form.bits == 4:
         stored = stored[:, ::2] | stored[:, 1::2] << 4
     row = torch.cat([part.contiguous().view(torch.uint8) for part in (stored, *parts)], 1)
-    units = -(-row.shape[1] // _UNIT) | 1  # an odd number
-    return torch.nn.functional.pad(row, (0, units * _UNIT - row.shape[1]))
+    return torch.nn.functional.pad(row, (0, row_bytes(form, matrix.columns) - row.shape[1]))
+
+
+def unpack(packed: Tensor, form: Format, columns: int, dtype: Any) -> Tensor:
+    """What packed rows stand for: uint8 [rows, bytes of a row], scales being ``dtype`` → ``dtype`` [rows, columns]."""
+    import torch
+
+    integers, groups, subs = columns * form.bits // 8, form.groups(columns), 16 // form.bits
+    stored = packed[:, :integers]
+    if form.bits == 4:
+        stored = torch.stack([stored & 15, stored >> 4], 2).flatten(1)
+    inverse = sorted(range(8), key=lambda place: ORDER[form.bits][place])
+    values = stored.reshape(len(packed), -1, 4, subs, 8)[..., inverse].transpose(2, 3).flatten(1)
+    floats = packed[:, integers : integers + 2 * groups * (1 + form.zeros)].contiguous().view(dtype).float()
+    q = values.contiguous().view(torch.int8).float() if form.bits == 8 else values.float() - 8
+    if form.zeros:
+        q += 8 - floats[:, groups:].repeat_interleave(form.group or columns, 1)[:, :columns]
+    return (q * floats[:, :groups].repeat_interleave(form.group or columns, 1)[:, :columns]).to(dtype)
 
 
 def round_to(weight: Tensor, form: Format) -> Matrix:

@@ -28,13 +28,16 @@ from mamba_export.checkpoint import Checkpoint, open_checkpoint
 from mamba_export.errors import UsageError
 from mamba_export.extras import require
 from mamba_export.progress import Progress, silent
-from mamba_export.targets import TARGETS, get_target
+from mamba_export.targets import TARGETS, Target, get_target
 from mamba_export.tokens import check_tokenizer
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from mamba_export.graph.quant import QuantizePass
+    from mamba_export.graph.trace import GraphKind
     from mamba_export.quantized import QuantizedModel
+    from mamba_export.states import StateType
     from mamba_export.verification.report import VerificationReport
 
 DTYPES = ("fp32", "fp16", "bf16")
@@ -96,15 +99,25 @@ def export_onnx(
     if logits not in ("last", "all"):
         raise UsageError(f"logits can't be '{logits}'", "one of: last, all")
     get_target(target)
-    if fuse_step and not get_target(target).functions:
-        keeping = [t.name for t in TARGETS.values() if t.functions]
-        raise UsageError(f"target {target} has no place for a fused step", f"use --target {' or '.join(keeping)}")
+    if fuse_step:
+        check_fusable(target)
     check_output(out, force)
     with open_checkpoint(ckpt, format) as checkpoint:
         if checkpoint.tokenizer is not None:
             check_tokenizer(checkpoint.tokenizer, checkpoint.spec.padded_vocab_size)
         graphs = make_graphs(checkpoint, target, dtype, logits, ragged, progress, fuse_step=fuse_step)
         return write_graphs(checkpoint, graphs, Path(out), verify, force, progress)
+
+
+def check_fusable(target: str) -> None:
+    """Whether a target has a place for a fused step.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if not get_target(target).functions:
+        keeping = [t.name for t in TARGETS.values() if t.functions]
+        raise UsageError(f"target {target} has no place for a fused step", f"use --target {' or '.join(keeping)}")
 
 
 def make_graphs(
@@ -121,17 +134,17 @@ def make_graphs(
     from mamba_export.graph.external import place_weights
     from mamba_export.graph.fuse import FuseStepPass
     from mamba_export.graph.lower import lower, lower_for_cpu
-    from mamba_export.graph.trace import GraphKind, TraceOptions, trace
+    from mamba_export.graph.packed import step_format
+    from mamba_export.graph.trace import TraceOptions, trace
 
     options = TraceOptions(dtype, logits, ragged)
     models: dict[str, ir.Model] = {}
     kinds: dict[GraphKind, str] = {"prefill": PREFILL, "step": STEP}
-    fuse = FuseStepPass(checkpoint.spec) if fuse_step else None
-    quantize, ssm = None, "fp32" if quantized is None else quantized.state
+    passes: dict[GraphKind, QuantizePass] = {}
+    ssm: StateType = "fp32" if quantized is None else quantized.state
     if quantized is not None:
-        from mamba_export.graph.quant import QuantizePass
-
-        quantize = QuantizePass(quantized, dtype, get_target(target))
+        passes = _quantize_passes(quantized, dtype, get_target(target), fuse_step)
+    fuse = FuseStepPass(checkpoint.spec, step_format(quantized)) if fuse_step else None
     for kind, file in kinds.items():
         with progress.stage(f"trace {kind}"):
             model = trace(checkpoint.spec, kind, options)
@@ -139,8 +152,8 @@ def make_graphs(
                 from mamba_export.graph.state import StatePass
 
                 StatePass(checkpoint.spec, dtype, get_target(target).ssm_layout, ssm)(model)
-            for_cpu = lower_for_cpu(model, checkpoint.spec, dtype, get_target(target), quantize)
-            models[file] = lower(model, checkpoint.spec, dtype, get_target(target), quantize)
+            for_cpu = lower_for_cpu(model, checkpoint.spec, dtype, get_target(target), passes.get(kind))
+            models[file] = lower(model, checkpoint.spec, dtype, get_target(target), passes.get(kind))
             if fuse is not None and kind == "step":
                 fuse(models[file])
             if for_cpu is not None:
@@ -160,8 +173,19 @@ def make_graphs(
         requires=get_target(target).requires,
         quantization=None if quantized is None else quantized.recipe,
     )
-    fills = {} if quantize is None else quantize.fills
+    fills = {name: fill for each in passes.values() for name, fill in each.fills.items()}
     return Graphs(models, place_weights(list(models.values())), manifest, fills, quantized)
+
+
+def _quantize_passes(
+    quantized: QuantizedModel, dtype: str, target: Target, fuse_step: bool
+) -> dict[GraphKind, QuantizePass]:
+    """Both graphs by one pass, unless the step is to be fused: it then takes the same integers as packed rows."""
+    from mamba_export.graph.packed import PackedQuantizePass
+    from mamba_export.graph.quant import QuantizePass
+
+    both = QuantizePass(quantized, dtype, target)
+    return {"prefill": both, "step": PackedQuantizePass(quantized, dtype, target) if fuse_step else both}
 
 
 @dataclass

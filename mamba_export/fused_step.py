@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from mamba_export.quantized import EMBEDDING, HEAD
 from mamba_export.spec import ModelSpec
 
 OP_TYPE = "MambaDecodeStack"
@@ -18,13 +19,21 @@ PARAMETERS = {
     "mamba2": (*_BEFORE, "mixer.dt_bias", "mixer.A", "mixer.D", "mixer.norm.weight", "mixer.out_proj.weight"),
 }
 """Of one layer, in the order of the op's inputs: names below ``backbone.layers.{i}.``."""
+PACKABLE = ("mixer.in_proj.weight", "mixer.out_proj.weight", HEAD)
+"""How the names of those end that may be packed integers instead: rows of kernels/packed_weights.py, of one format."""
 
 
-def parameter_names(spec: ModelSpec) -> list[str]:
-    """Names of the parameters in the order of the op's inputs; a tied head is the embedding again."""
-    head = "backbone.embedding.weight" if spec.tie_embeddings else "lm_head.weight"
-    names = ["backbone.embedding.weight", "backbone.norm_f.weight", head]
-    return names + [f"backbone.layers.{i}.{name}" for i in range(spec.n_layer) for name in PARAMETERS[spec.family]]
+def packed_name(name: str) -> str:
+    """The initializer that holds a parameter's packed rows."""
+    return f"{name}.packed"
+
+
+def parameter_names(spec: ModelSpec, packed: bool = False) -> list[str]:
+    """Names of the parameters in the order of the op's inputs; a tied head is the embedding again, unless packed."""
+    head = EMBEDDING if spec.tie_embeddings and not packed else HEAD
+    names = [EMBEDDING, "backbone.norm_f.weight", head]
+    names += [f"backbone.layers.{i}.{name}" for i in range(spec.n_layer) for name in PARAMETERS[spec.family]]
+    return [packed_name(name) if packed and name.endswith(PACKABLE) else name for name in names]
 
 
 def unsupported(spec: ModelSpec) -> str | None:

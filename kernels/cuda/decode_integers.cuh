@@ -24,8 +24,8 @@ __host__ __device__ inline Packing packing_of(const mamba_decode_stack_params& p
   const int groups = p.group_size ? ceil_div(width, p.group_size) : 1;
   for (int k = 5; k < 30; k++) f.shift = p.group_size == 1 << k ? k : f.shift;
   f.zeros = p.zero_points ? groups : 0;
-  f.row_bytes = ceil_div(f.scales + (groups + f.zeros) * 2, kUnit) * kUnit;
-  if (f.row_bytes / kUnit % 2 == 0) f.row_bytes += kUnit;  // odd: neighbouring rows lie in other banks of shared memory
+  // An odd number of units: neighbouring rows lie in other banks of shared memory.
+  f.row_bytes = mamba_decode_row_bytes(p.weight_bits, width, groups + f.zeros);
   return f;
 }
 

@@ -9,9 +9,8 @@ import click
 
 from mamba_export.checkpoint import FORMATS
 from mamba_export.commands.console import Console, common_options, count, size
+from mamba_export.commands.onnx import DTYPE_DEFAULT, DTYPES
 from mamba_export.targets import TARGETS
-
-DTYPES = ("fp32", "fp16", "bf16")
 
 
 @click.command("quantize", short_help="Quantize a checkpoint to a bundle.")
@@ -21,9 +20,10 @@ DTYPES = ("fp32", "fp16", "bf16")
 @click.option("-o", "--out", required=True, type=click.Path(), help="Folder of the bundle.")
 @click.option("--state", type=click.Choice(["fp32", "fp16", "int8"]), help="Of the scan; over the recipe's.")
 @click.option("--target", type=click.Choice(list(TARGETS)), default="tensorrt", show_default=True, help="See docs.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="fp32", show_default=True, help="Of all that stays float.")
+@click.option("--dtype", type=click.Choice(DTYPES), help=f"Of all that stays float.  {DTYPE_DEFAULT}")
 @click.option("--logits", type=click.Choice(["last", "all"]), default="last", show_default=True, help="Of prefill.")
 @click.option("--ragged", is_flag=True, help="Prefill takes seq_lens: right-padded rows of different lengths.")
+@click.option("--fuse-step", is_flag=True, help="The step graph is one node that takes packed integers; see docs.")
 @click.option("--format", "format_", type=click.Choice(FORMATS), help="Of the checkpoint; detected when left out.")
 @click.option("--device", default="cpu", show_default=True, help="Of torch, for recipes that run the model.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with the quantized torch model.")
@@ -52,12 +52,16 @@ def command(
     Examples:
       mamba-export quantize --ckpt mamba1-tiny --recipe w8a16 -o out/w8
       mamba-export quantize --ckpt mamba1-tiny --recipe w4a16 --calibration calib.safetensors -o out/w4 --target ort
+      mamba-export quantize --ckpt mamba1-tiny --recipe w8a16 -o out/w8-fused --dtype fp16 --fuse-step
       mamba-export quantize --ckpt mamba1-tiny --recipe mine.yaml --calibration calib.safetensors -o out/mine
       mamba-export quantize --ckpt mamba1-tiny --search --data eval.bin --calibration calib.safetensors -o out/all
     """
     if search:
         if data is None:
             raise click.UsageError("--search measures quality: add --data FILE, not what calibration has seen")
+        if options["fuse_step"]:
+            raise click.UsageError("--search fuses no step: leave --fuse-step out, then quantize by what you chose")
+        options["dtype"] = options["dtype"] or "fp32"
         _search(console, ckpt, out, data, limit, html, {**options, "format": format_})
         return
     if options["recipe"] is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -12,17 +12,24 @@ from mamba_export.ops.decode_stack import attributes_of_spec
 from mamba_export.ops.opdef import DOMAIN, VERSION
 from mamba_export.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from mamba_export.kernels.packed_weights import Format
+
 
 class FuseStepPass(ir.passes.InPlacePass):
     """All nodes of a step graph become the body of one ``MambaDecodeStack`` node.
 
     Requires: a lowered step graph; its initializers are the model's parameters, under their names.
     Ensures: inputs, outputs and initializers of the graph are what they were.
+
+    Args:
+        spec: the model.
+        form: of the rows where the graph's matrices are packed (:class:`mamba_export.graph.packed.PackedQuantizePass`).
     """
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, form: Format | None = None) -> None:
         super().__init__()
-        self.attributes, self.parameters = attributes_of_spec(spec), parameter_names(spec)
+        self.attributes, self.parameters = attributes_of_spec(spec, form), parameter_names(spec, form is not None)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph

@@ -52,6 +52,7 @@ class QuantizePass(ir.passes.InPlacePass):
     def __init__(self, model: QuantizedModel, dtype: str, target: Target) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
+        self.float_type, self.torch_dtype = _FLOATS[dtype], _TORCH[dtype]
         self.contrib = target.flavour != "portable"
         self.rows_first = not target.plugins  # TensorRT wants DequantizeLinear right behind a quantized constant
         self.fills: dict[str, Fill] = {}
@@ -89,8 +90,7 @@ class QuantizePass(ir.passes.InPlacePass):
         x = node.inputs[0]
         assert x is not None
         x = self._prepare(op, x, linear, name.removesuffix(".weight"))
-        shared = name == HEAD and self.model.embedding is linear.weight
-        stored = EMBEDDING if shared else name
+        stored = self._stored(name, linear)
         if linear.input is not None:
             x = self._quantize_input(op, x, linear)
         # ONNX Runtime fuses int8 with int8 to one integer product; everything else goes by blocks there.
@@ -100,6 +100,10 @@ class QuantizePass(ir.passes.InPlacePass):
         else:
             y = op.MatMul(x, op.Transpose(self._dequantize(op, linear.weight, stored), perm=[1, 0]))
         replace_node(node, op.nodes, [y])
+
+    def _stored(self, name: str, linear: Linear) -> str:
+        """The parameter whose tensors hold the matrix."""
+        return EMBEDDING if name == HEAD and self.model.embedding is linear.weight else name
 
     def _prepare(self, op: Builder, x: ir.Value, linear: Linear, layer: str) -> ir.Value:
         """Smoothing and rotation."""

@@ -3,6 +3,8 @@
 Inputs: input_ids [B, 1]; then, variadic, the states in the order of the state table, the embedding, the last norm, the
 head, and of every layer the parameters that :data:`mamba_export.fused_step.PARAMETERS` lists. Outputs: logits
 [B, 1, vocab], then the present states.
+With ``weight_bits`` in_proj, out_proj and the head are int32 [rows, words of a row]: the rows of decode_stack.h, packed
+by kernels/packed_weights.py, whose scales have the type of the other parameters, float16 or bfloat16.
 Unlike the other ops it is not traced: :class:`mamba_export.graph.fuse.FuseStepPass` makes it from a step graph, whose
 nodes become its function body. The kernels behind it are decode_stack of kernels/cuda; their adapters read the inputs
 in this order too (kernels/cuda/include/mamba/decode_stack_operands.h).
@@ -11,7 +13,7 @@ in this order too (kernels/cuda/include/mamba/decode_stack_operands.h).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import torch
@@ -27,6 +29,9 @@ from mamba_export.ops.selective_scan import selective_scan_reference
 from mamba_export.ops.ssd_scan import ssd_scan_reference
 from mamba_export.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from mamba_export.kernels.packed_weights import Format
+
 ATTRIBUTES = {
     "family": (1, "1: Mamba-1, 2: Mamba-2"),
     "n_layer": (1, "layers"),
@@ -37,6 +42,8 @@ ATTRIBUTES = {
     "residual_in_fp32": (1, "1: the residual is float32, 0: it has the dtype of the weights"),
     "norm_eps": (1e-5, "epsilon of the norms before the mixers and of the last"),
     "gated_norm_eps": (1e-5, "Mamba-2: epsilon of the gated norm"),
+    "weight_bits": (0, "8 or 4: in_proj, out_proj and the head are packed rows of such integers; 0: they are matrices"),
+    "group_size": (0, "values of a packed row that share a scale; 0: the whole row"),
 }
 
 
@@ -58,7 +65,7 @@ def _schema() -> onnx.defs.OpSchema:
             op.FormalParameter("logits", "tensor(float)"),
             op.FormalParameter("presents", "T", param_option=variadic, is_homogeneous=False, min_arity=1),
         ],
-        type_constraints=[("T", floats, "states and parameters")],
+        type_constraints=[("T", [*floats, "tensor(int32)"], "states and parameters; int32: packed rows")],
         attributes=[op.Attribute(key, make(key, default), text) for key, (default, text) in ATTRIBUTES.items()],
     )
 
@@ -66,8 +73,8 @@ def _schema() -> onnx.defs.OpSchema:
 SCHEMA = _schema()
 
 
-def attributes_of_spec(spec: ModelSpec) -> dict[str, int | float]:
-    """The node's attributes.
+def attributes_of_spec(spec: ModelSpec, form: Format | None = None) -> dict[str, int | float]:
+    """The node's attributes; ``form`` is that of the packed rows.
 
     Raises:
         UsageError: when the op does not cover the model.
@@ -85,17 +92,30 @@ def attributes_of_spec(spec: ModelSpec) -> dict[str, int | float]:
         "residual_in_fp32": int(spec.residual_in_fp32),
         "norm_eps": spec.norm_eps,
         "gated_norm_eps": spec.gated_norm_eps,
+        "weight_bits": 0 if form is None else form.bits,
+        "group_size": 0 if form is None else form.group,
     }
 
 
 def decode_stack_reference(
     input_ids: Tensor, states: Sequence[Tensor], parameters: Sequence[Tensor], attributes: dict[str, Any]
 ) -> tuple[Tensor, ...]:
-    """The definition, from the definitions of the ops it replaces. Returns the logits and the present states."""
+    """The definition, from the definitions of the ops it replaces.
+
+    Args:
+        input_ids: int64 [B, 1].
+        states: conv and ssm state of every layer, in the order of the state table.
+        parameters: in the order of the op's inputs; packed rows are int32 [rows, words of a row].
+        attributes: the node's.
+
+    Returns:
+        The logits [B, 1, vocab] and the present states.
+    """
     embedding, norm_f, head, *rest = parameters
     mamba1, layers = attributes["family"] == 1, attributes["n_layer"]
     each = len(rest) // layers
     x = embedding[input_ids]
+    head = _matrix(head, x, attributes)
     dtype = x.dtype
     wide = torch.promote_types(dtype, torch.float32)
     residual: Tensor | None = None
@@ -105,12 +125,23 @@ def decode_stack_reference(
         source = x.to(wide) if residual is None and attributes["residual_in_fp32"] else x
         x, residual = add_rms_norm_reference(source, norm, residual, attributes["norm_eps"])
         mixer = _mamba1 if mamba1 else _mamba2
-        projected = F.linear(x.to(dtype), in_proj)
+        projected = F.linear(x.to(dtype), _matrix(in_proj, x.to(dtype), attributes))
         x, *present = mixer(projected, conv_weight, conv_bias, others, states[2 * i], states[2 * i + 1], attributes)
         presents += present
     x, _ = add_rms_norm_reference(x, norm_f, residual, attributes["norm_eps"])
     logits = F.linear(x, head)[..., : attributes["vocab_size"]]
     return (logits.to(wide), *presents)
+
+
+def _matrix(weight: Tensor, x: Tensor, attributes: dict[str, Any]) -> Tensor:
+    """The weight [out, in] of a product with ``x`` [..., in], unpacked if it is packed."""
+    if not attributes.get("weight_bits", 0):
+        return weight
+    from mamba_export.kernels.packed_weights import Format, unpack
+
+    form = Format(attributes["weight_bits"], attributes["group_size"], False)
+    matrix: Tensor = unpack(weight.contiguous().view(torch.uint8), form, x.shape[-1], x.dtype)
+    return matrix
 
 
 def _mamba1(
@@ -131,7 +162,7 @@ def _mamba1(
     y, ssm_state = selective_scan_reference(
         u, delta, A, B.unsqueeze(2), C.unsqueeze(2), D, dt_bias, ssm_state, z, delta_softplus=True
     )
-    return F.linear(y, out_proj), conv_state, ssm_state
+    return F.linear(y, _matrix(out_proj, y, attributes)), conv_state, ssm_state
 
 
 def _mamba2(
@@ -154,4 +185,4 @@ def _mamba2(
     wide = torch.promote_types(y.dtype, torch.float32)
     gated = y.flatten(2).to(wide) * F.silu(z.to(wide))
     y = (normalize(gated, attributes["gated_norm_eps"]) * norm.to(wide)).to(y.dtype)
-    return F.linear(y, out_proj), conv_state, ssm_state
+    return F.linear(y, _matrix(out_proj, y, attributes)), conv_state, ssm_state

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.library import KernelError
-from kernels.packed_weights import Format, common_format, format_of, pack, round_to
+from kernels.packed_weights import Format, common_format, format_of, pack, round_to, row_bytes, unpack
 from mamba_export.quantized import Matrix
 
 ORDER8, ORDER4 = (0, 2, 1, 3, 4, 6, 5, 7), (0, 2, 4, 6, 1, 3, 5, 7)
@@ -37,7 +37,8 @@ def test_a_row_is_what_the_header_says(form: Format, dtype: torch.dtype) -> None
     matrix = round_to(torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).to(dtype), form)
     assert format_of(matrix) == form
     packed = pack(matrix, dtype)
-    assert packed.shape[1] % 128 == 64
+    assert packed.shape[1] % 128 == 64 and packed.shape[1] == row_bytes(form, columns)
+    assert torch.equal(unpack(packed, form, columns, dtype), matrix.dequantize().to(dtype))
     group = form.group or columns
     groups, at = columns // group, columns * form.bits // 8
     for row, bytes_of_row in enumerate(packed):
@@ -53,16 +54,17 @@ def test_a_row_is_what_the_header_says(form: Format, dtype: torch.dtype) -> None
         assert not bytes_of_row[at + (4 if form.zeros else 2) * groups :].any()
 
 
+def common(*matrices: Matrix) -> Format:
+    return common_format([(format_of(matrix), matrix.columns) for matrix in matrices])
+
+
 def test_one_format_for_all() -> None:
     narrow, wide = torch.randn(2, 128), torch.randn(2, 256)
     groups = Format(8, 128, False)
-    assert common_format([round_to(narrow, groups), round_to(wide, groups)]) == groups
-    with pytest.raises(KernelError):
-        common_format([round_to(narrow, groups), round_to(wide, groups), round_to(wide, Format(8, 0, False))])
-    with pytest.raises(KernelError):
-        common_format([round_to(wide, groups), round_to(wide, Format(4, 128, False))])
-    with pytest.raises(KernelError):
-        common_format([round_to(wide, groups), round_to(wide, Format(8, 64, False))])
+    assert common(round_to(narrow, groups), round_to(wide, groups)) == groups
+    for others in ([Format(8, 0, False)], [Format(4, 128, False)], [Format(8, 64, False)]):
+        with pytest.raises(KernelError):
+            common(round_to(narrow, groups), round_to(wide, groups), *(round_to(wide, form) for form in others))
 
 
 def test_what_kernels_do_not_have() -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from mamba_export.plugins import ort_library
 
-from mamba_export import Bundle, export_onnx
+from mamba_export import Bundle, export_onnx, quantize
 from mamba_export.errors import EnvironmentProblem
 from mamba_export.fused_step import OP_TYPE
 from mamba_export.ops.decode_stack import ATTRIBUTES, decode_stack_reference
@@ -69,6 +69,18 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], B
     return made
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Fused steps by recipes: int8 by rows, int4 in groups."""
+    base, made = tmp_path_factory.mktemp("packed"), {}
+    groups = "{type: int4, group: 32}"
+    for name, text in (("mamba1", "extends: w8a16"), ("mamba2", f"weights: {groups}\nhead: {groups}")):
+        ckpt, recipe = make_statespaces(base / name, **{**CHECKPOINTS[name], "d_model": 128}), base / f"{name}.yaml"
+        recipe.write_text(text)
+        made[name] = quantize(ckpt, base / f"{name}-out", recipe=recipe, fuse_step=True, verify=False).bundle
+    return made
+
+
 def feed_of(bundle: Bundle, batch: int) -> dict[str, Any]:
     rng = np.random.default_rng(batch)
     feed: dict[str, Any] = {"input_ids": rng.integers(0, bundle.spec.vocab_size, (batch, 1))}
@@ -101,13 +113,25 @@ def test_the_library_and_the_function_body_agree(
     libraries: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    bundle = bundles[model, dtype]
-    feed = feed_of(bundle, batch)
+    check_steps(bundles[model, dtype], batch, libraries["cpu"], tmp_path)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@by_model
+def test_the_library_takes_packed_integers(
+    model: str, batch: int, packed: dict[str, Bundle], libraries: dict[str, Path], tmp_path: Path
+) -> None:
+    check_steps(packed[model], batch, libraries["cpu"], tmp_path)
+
+
+def check_steps(bundle: Bundle, batch: int, library: Path, tmp_path: Path) -> None:
+    """Some steps by the library and by the function body; the former by one kernel."""
+    feed, dtype = feed_of(bundle, batch), bundle.manifest.dtype
     body = make_session(bundle, "step.onnx", library=None)
     node = open_model(
         step_model(bundle),
         bundle,
-        libraries["cpu"],
+        library,
         enable_profiling=True,
         profile_file_prefix=str(tmp_path / "profile"),
     )
@@ -207,6 +231,22 @@ def test_nodes_that_do_not_fit_are_refused_when_a_session_is_made(
         open_model(model, bundle, libraries["cpu"])
     if case != "ids":
         assert "MambaDecodeStack 'decode_stack': " in str(caught.value) and "hint: export without" in str(caught.value)
+
+
+def test_packed_rows_that_do_not_fit_are_refused(packed: dict[str, Bundle], libraries: dict[str, Path]) -> None:
+    cases = {
+        "weight_bits": (4, r"input layers\.0\.out_proj has rows of 80 words, expected 48 for 256 values"),
+        "group_size": (1, "input lm_head has rows of 48 words, expected 112"),
+    }
+    for name, (value, message) in cases.items():
+        model = step_model(packed["mamba1"])
+        attribute(model, name, value)
+        with pytest.raises(Exception, match=message):
+            open_model(model, packed["mamba1"], libraries["cpu"])
+    model = step_model(packed["mamba1"])
+    attribute(model, "weight_bits", 0)
+    with pytest.raises(Exception, match="input lm_head is int32, expected float16"):
+        open_model(model, packed["mamba1"], libraries["cpu"])
 
 
 def test_weights_that_do_not_fit_are_named(bundles: dict[tuple[str, str], Bundle], libraries: dict[str, Path]) -> None:

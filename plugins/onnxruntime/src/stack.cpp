@@ -28,6 +28,7 @@ const char* type_name(ElementType type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return "float16";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return "bfloat16";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return "int64";
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return "int32";
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return "int8";
     default: return "another type";
   }
@@ -46,6 +47,7 @@ bool fits(ElementType type, stack::Kind kind, int32_t model) {
   switch (kind) {
     case stack::Kind::kIds: return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
     case stack::Kind::kFloat32: return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    case stack::Kind::kPacked: return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
     case stack::Kind::kModel: return dtype_of(type) >= 0 && (model < 0 || dtype_of(type) == model);
   }
   return false;
@@ -53,6 +55,7 @@ bool fits(ElementType type, stack::Kind kind, int32_t model) {
 
 const char* expected_type(stack::Kind kind, int32_t model) {
   if (kind == stack::Kind::kIds) return "int64";
+  if (kind == stack::Kind::kPacked) return "int32";
   if (kind == stack::Kind::kFloat32 || model == MAMBA_F32) return "float32";
   return model == MAMBA_F16 ? "float16" : model == MAMBA_BF16 ? "bfloat16" : "float32, float16 or bfloat16";
 }
@@ -84,6 +87,12 @@ Tensor declared(const OrtApi& api, const OrtKernelInfo* info, std::size_t index)
   return tensor;
 }
 
+std::string integers_of(const mamba_decode_stack_params& p) {
+  if (p.weight_bits == 0) return "";
+  const std::string by = p.group_size ? "groups of " + std::to_string(p.group_size) : "rows";
+  return " of int" + std::to_string(p.weight_bits) + " by " + by + (p.dtype == MAMBA_F32 ? " in float32" : "");
+}
+
 // MAMBA_ORT_DECODE=chain or fused: that kernel alone, as MAMBA_ORT_ISA chooses on the CPU.
 int32_t wanted_tactic() {
   const char* said = std::getenv("MAMBA_ORT_DECODE");
@@ -98,11 +107,13 @@ int32_t wanted_tactic() {
 
 int64_t Stack::Sizes::of(char letter) const {
   if (letter == '1') return 1;
+  if (letter == '*') return -1;
   return letter == 'k' ? (*this)['K'] - 1 : (*this)[letter];
 }
 
 bool Stack::Sizes::take(char letter, int64_t size) {
   if (letter == '1') return size == 1 || size < 0;
+  if (letter == '*') return true;
   const bool one_less = std::islower(static_cast<unsigned char>(letter)) != 0;
   int64_t& known = size_[static_cast<std::size_t>(std::toupper(static_cast<unsigned char>(letter)) - 'A')];
   if (size < 0) return true;
@@ -139,7 +150,7 @@ void Stack::read_attributes(const OrtKernelInfo* info) {
     return 0.0;
   });
   params_.dtype = -1, params_.tactic = wanted_tactic();
-  operands_ = stack::inputs(params_.family, params_.n_layer);
+  operands_ = stack::inputs(params_.family, params_.n_layer, params_.weight_bits);
 }
 
 // The weights come first: they say what the states have to be.
@@ -155,8 +166,10 @@ void Stack::read_inputs(const OrtKernelInfo* info) {
   }
   Sizes sizes;
   for (std::size_t i = 0; i < inputs; ++i) read_input(info, (i + weights) % inputs, &sizes);
-  const std::string wrong = stack::relations(params_, sizes);
-  if (!wrong.empty()) throw Error(wrong);
+  const auto words = [&](std::size_t i) { return declared(api_, info, i).dims.back(); };
+  for (const std::string& wrong : {stack::relations(params_, sizes), stack::packed_rows(params_, sizes, words)}) {
+    if (!wrong.empty()) throw Error(wrong);
+  }
   for (std::size_t i = 1; i < weights; ++i) {
     Dims dims;
     for (const char* letter = operands_[i].shape + 1; *letter != '\0'; ++letter) dims.push_back(sizes.of(*letter));
@@ -201,7 +214,7 @@ void Stack::find_kernel(const Sizes& sizes) {
   }
   throw Error("no kernel covers d_model " + std::to_string(one.d_model) + ", d_inner " + std::to_string(one.d_inner) +
               ", d_state " + std::to_string(one.d_state) + ", d_conv " + std::to_string(one.d_conv) + ", dt_rank " +
-              std::to_string(one.dt_rank) + ", " + std::to_string(one.n_layer) + " layers" +
+              std::to_string(one.dt_rank) + ", " + std::to_string(one.n_layer) + " layers" + integers_of(one) +
               (one.tactic < 0 ? "" : " by the kernel that MAMBA_ORT_DECODE names"));
 }
 

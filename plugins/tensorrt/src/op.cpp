@@ -22,6 +22,7 @@ std::string describe(const std::vector<int64_t>& shape) {
 // What a letter of a shape pattern asks for; -1: anything, and the letter takes the size found.
 int64_t wanted(char letter, const Sizes& sizes) {
   if (letter == '1') return 1;
+  if (letter == '*') return -1;
   if (!std::islower(static_cast<unsigned char>(letter))) return sizes[letter];
   const int64_t whole = sizes[static_cast<char>(std::toupper(letter))];
   return whole < 0 ? -1 : whole - 1;
@@ -56,7 +57,7 @@ std::string match_shape(const InputSpec& spec, const std::vector<int64_t>& shape
   }
   for (size_t i = 0; i < shape.size(); i++) {
     const int64_t size = wanted(pattern[i], *sizes);
-    if (shape[i] < 0) continue;
+    if (shape[i] < 0 || pattern[i] == '*') continue;
     if (size >= 0 && size != shape[i]) {
       return "input " + spec.name + " has shape " + describe(shape) + ", expected " + expected(pattern, *sizes);
     }
@@ -142,7 +143,7 @@ std::string Matcher::match(const std::vector<Tensor>& inputs, Sizes* sizes) cons
     if (!wrong.empty()) return wrong;
   }
   const auto relations = attributes_.op().relations;
-  return relations ? relations(attributes_, *sizes) : "";
+  return relations ? relations(attributes_, *sizes, inputs) : "";
 }
 
 int dtype_code(Type type) {

@@ -25,7 +25,8 @@ struct Tensor {
 };
 
 // `shape` names one dimension by one letter: the same letter is the same size all over the node, '1' is one, and a
-// small letter is one less than the capital (the K - 1 columns of a convolution's state). "H|HP" allows two ranks.
+// small letter is one less than the capital (the K - 1 columns of a convolution's state). '*' is any size, which the op's
+// relations() look at. "H|HP" allows two ranks.
 struct InputSpec {
   std::string name;
   const char* shape;
@@ -106,7 +107,7 @@ struct OpSpec {
   std::unique_ptr<Kernel> (*make)(const Attributes& attributes);
   // Of ops whose inputs the attributes count: all of them, in place of the above, and what else sizes must satisfy.
   Signature (*signature)(const Attributes& attributes);
-  std::string (*relations)(const Attributes& attributes, const Sizes& sizes);
+  std::string (*relations)(const Attributes& attributes, const Sizes& sizes, const std::vector<Tensor>& inputs);
 };
 
 const std::vector<const OpSpec*>& all_ops();

@@ -58,7 +58,7 @@ struct Node {
     return kind == stack::Kind::kIds ? DataType::kINT64 : kind == stack::Kind::kModel ? type : DataType::kFLOAT;
   }
   std::vector<stack::Operand> operands() const {
-    return stack::inputs(mamba1() ? 1 : 2, static_cast<int>(m.layers));
+    return stack::inputs(mamba1() ? 1 : 2, static_cast<int>(m.layers), 0);
   }
   size_t states() const { return stack::first_weight(static_cast<int>(m.layers)) - 1; }
 

@@ -36,10 +36,14 @@ struct Case {
   int32_t results_count() const { return outputs.empty() ? 2 : static_cast<int32_t>(outputs.size()); }
 };
 
-constexpr DataType kF32 = DataType::kFLOAT, kF16 = DataType::kHALF, kI64 = DataType::kINT64;
+constexpr DataType kF32 = DataType::kFLOAT, kF16 = DataType::kHALF, kI64 = DataType::kINT64, kI32 = DataType::kINT32;
 
-// Two layers of a whole model: d_model 24, d_inner 48, 61 tokens in a table of 64.
-Case stack_case(bool mamba1) {
+// Two layers of a whole model: d_model 24, d_inner 48, 61 tokens in a table of 64. `packed`: the matrices are rows of int8,
+// 24 or 48 values with one scale in 64 bytes.
+Case stack_case(bool mamba1, bool packed = false) {
+  const auto matrix = [&](int64_t rows, int64_t columns) {
+    return packed ? Input{kI32, {rows, 16}} : Input{kF16, {rows, columns}};
+  };
   const int64_t inner = 48, bc = mamba1 ? 0 : 2 * 2 * 16, channels = inner + bc, heads = mamba1 ? 0 : 4;
   std::vector<Input> inputs = {{kI64, {2, 1}}};
   std::vector<Input> outputs = {{kF32, {2, 1, 61}}};
@@ -48,19 +52,20 @@ Case stack_case(bool mamba1) {
     for (const Input& state : {Input{kF16, {2, channels, 3}}, Input{kF32, ssm}})
       inputs.push_back(state), outputs.push_back(state);
   }
-  inputs.insert(inputs.end(), {{kF16, {64, 24}}, {kF16, {24}}, {kF16, {64, 24}}});
+  inputs.insert(inputs.end(), {{kF16, {64, 24}}, {kF16, {24}}, matrix(64, 24)});
   for (int i = 0; i < 2; i++) {
-    inputs.insert(inputs.end(), {{kF16, {24}}, {kF16, {inner + channels + heads, 24}}});
+    inputs.insert(inputs.end(), {{kF16, {24}}, matrix(inner + channels + heads, 24)});
     inputs.insert(inputs.end(), {{kF16, {channels, 4}}, {kF16, {channels}}});
     std::vector<Input> rest = {{kF32, {4}}, {kF32, {4}}, {kF32, {4}}, {kF16, {inner}}};
     if (mamba1)
       rest = {{kF16, {37, inner}}, {kF16, {inner, 5}}, {kF32, {inner}}, {kF32, {inner, 16}}, {kF32, {inner}}};
     inputs.insert(inputs.end(), rest.begin(), rest.end());
-    inputs.push_back({kF16, {24, inner}});
+    inputs.push_back(matrix(24, inner));
   }
   return {"MambaDecodeStack", inputs, 2, false,
           {{"family", mamba1 ? 1 : 2}, {"n_layer", 2}, {"dt_rank", mamba1 ? 5 : 0}, {"nheads", mamba1 ? 0 : 4},
-           {"ngroups", mamba1 ? 1 : 2}, {"vocab_size", 61}, {"residual_in_fp32", 1}},
+           {"ngroups", mamba1 ? 1 : 2}, {"vocab_size", 61}, {"residual_in_fp32", 1},
+           {"weight_bits", packed ? 8 : 0}},
           outputs, 1, 3};
 }
 
@@ -82,7 +87,9 @@ std::vector<Case> cases() {
           {"MambaSsdScan", ssd, 7, false, {{"has_z", 1}}},
           {"MambaSsdStateUpdate", one_token(ssd), 7, true, {{"has_z", 1}}},
           stack_case(true),
-          stack_case(false)};
+          stack_case(false),
+          stack_case(true, true),
+          stack_case(false, true)};
 }
 
 std::vector<DynamicPluginTensorDesc> describe(const Case& c, const std::vector<Input>& inputs) {
@@ -253,6 +260,21 @@ void walk_stack_refusals(IPluginCreatorV3One* creator) {
     std::vector<std::string> words = refusal.words;
     words.insert(words.end(), {"MambaDecodeStack", "layer.7"});
     check_message(words, std::string("MambaDecodeStack, wrong ") + refusal.attribute);
+  }
+  for (const bool bits : {true, false}) {  // integers of another width, or rows where the attributes say matrices
+    Case c = stack_case(true, true);
+    for (auto& [name, value] : c.attributes)
+      if (std::string(name) == "weight_bits") value = 0;
+    if (bits) c.attributes.back().second = 8, c.inputs.back().dims[1] = 48;
+    std::unique_ptr<IPluginV3> plugin = make(creator, c.fields());
+    const auto descs = describe(c, c.inputs);
+    const auto count = static_cast<int32_t>(c.inputs.size());
+    g_log.clear();
+    check(build_of(plugin.get())->configurePlugin(descs.data(), count, descs.data() + count, c.results_count()) != 0,
+          "MambaDecodeStack takes any packed rows");
+    const std::vector<std::string> words = bits ? std::vector<std::string>{"layers.1.out_proj", "48 words", "expected 16"}
+                                                : std::vector<std::string>{"lm_head", "int32", "float16"};
+    check_message(words, "MambaDecodeStack, wrong packed rows");
   }
   for (const char* name : {"layers.1.in_proj", "layers.1.A", "norm_f"}) {
     Case c = stack_case(true);

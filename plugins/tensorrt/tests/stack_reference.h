@@ -13,7 +13,7 @@ double load(const void* memory, int32_t dtype, int64_t index);
 void store(void* memory, int32_t dtype, int64_t index, double value);
 
 // One token a row: reads ids, states and weights, writes logits and states (in place too). Nothing between is rounded, but for
-// the residual where it has the model's dtype.
+// the residual where it has the model's dtype. Packed integers have no zero points of their own.
 void reference_stack(const mamba_decode_stack_params& p);
 
 }  // namespace plugin_tests

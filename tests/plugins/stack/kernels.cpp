@@ -17,7 +17,7 @@ extern "C" size_t mamba_decode_stack_workspace(const mamba_decode_stack_params* 
 // As on a GPU: fused for one row and a d_model of whole eights, the chain for any.
 extern "C" int mamba_decode_stack_tactics(const mamba_decode_stack_params* p, int32_t* out, int max) {
   int count = 0;
-  if (max < 2 || p->d_state > 256) return 0;
+  if (max < 2 || p->d_state > 256 || (p->weight_bits && p->dtype == MAMBA_F32)) return 0;
   if (p->batch == 1 && p->d_model % 8 == 0) out[count++] = 1;
   out[count++] = 0;
   return count;

@@ -23,11 +23,22 @@
 
 #include "mamba/common.h"
 
+#ifdef __CUDACC__
+#define MAMBA_HOST_DEVICE __host__ __device__
+#else
+#define MAMBA_HOST_DEVICE
+#endif
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 enum { MAMBA_DECODE_MAX_LAYERS = 128 };
+
+/* Bytes of a row of `width` integers of `bits` with `scales` scales and zero points. */
+MAMBA_HOST_DEVICE static inline int32_t mamba_decode_row_bytes(int32_t bits, int32_t width, int32_t scales) {
+  return ((width * bits / 8 + 2 * scales + 63) / 64 | 1) * 64;
+}
 
 /* One layer. T is the dtype of the model; A, D and the bias of dt are float32. */
 typedef struct {

@@ -25,34 +25,38 @@ inline const std::vector<Attribute>& attributes() {
   static const std::vector<Attribute> all = {
       {"family", false, 1, 1, 2},           {"n_layer", false, 1, 1, 4096},      {"dt_rank", false, 0, 0, 1 << 20},
       {"nheads", false, 0, 0, 1 << 20},     {"ngroups", false, 1, 1, 1 << 20},   {"vocab_size", false, 1, 1, 1 << 30},
-      {"residual_in_fp32", false, 1, 0, 1}, {"norm_eps", true, 1e-5, 0, 1},      {"gated_norm_eps", true, 1e-5, 0, 1}};
+      {"residual_in_fp32", false, 1, 0, 1}, {"norm_eps", true, 1e-5, 0, 1},      {"gated_norm_eps", true, 1e-5, 0, 1},
+      {"weight_bits", false, 0, 0, 8},      {"group_size", false, 0, 0, 1 << 20}};
   return all;
 }
 
-/* int64; the model's dtype, one for all; float32 */
-enum class Kind { kIds, kModel, kFloat32 };
+/* int64; the model's dtype, one for all; float32; int32 words of packed rows */
+enum class Kind { kIds, kModel, kFloat32, kPacked };
 
-/* `shape` has a letter for each dimension. Equal letters are equal sizes all over the node; '1' is one, and 'k' is K - 1.
+/* `shape` has a letter for each dimension. Equal letters are equal sizes all over the node; '1' is one, 'k' is K - 1, and
+ * '*' is what packed_rows() says.
  *   B batch           M d_model   I d_inner   N d_state   T dt_rank   H heads   P headdim
  *   X conv channels   K d_conv    J rows of in_proj   R rows of x_proj   V, W rows of embedding and head */
 struct Operand {
   std::string name;
   const char* shape;
   Kind kind;
+  char columns = 0; /* of packed rows: the letter of the matrix's columns */
 };
 
 struct Weight {
   const char* name;
   const char* shape;
   Kind kind;
-  std::size_t field; /* where its pointer lies in mamba_decode_layer */
+  std::size_t field;            /* where its pointer lies in mamba_decode_layer */
+  const char* packed = nullptr; /* its shape where integers are packed; null: it never is */
 };
 
 /* Of one layer, in the order of the op's inputs. */
 inline const std::vector<Weight>& weights(int family) {
   using L = mamba_decode_layer;
   static const std::vector<Weight> both = {{"norm", "M", Kind::kModel, offsetof(L, norm)},
-                                           {"in_proj", "JM", Kind::kModel, offsetof(L, in_proj)},
+                                           {"in_proj", "JM", Kind::kModel, offsetof(L, in_proj), "J*"},
                                            {"conv1d.weight", "XK", Kind::kModel, offsetof(L, conv_weight)},
                                            {"conv1d.bias", "X", Kind::kModel, offsetof(L, conv_bias)}};
   const auto with = [](std::vector<Weight> others) {
@@ -64,19 +68,19 @@ inline const std::vector<Weight>& weights(int family) {
                                                   {"dt_bias", "I", Kind::kFloat32, offsetof(L, dt_bias)},
                                                   {"A", "IN", Kind::kFloat32, offsetof(L, A)},
                                                   {"D", "I", Kind::kFloat32, offsetof(L, D)},
-                                                  {"out_proj", "MI", Kind::kModel, offsetof(L, out_proj)}});
+                                                  {"out_proj", "MI", Kind::kModel, offsetof(L, out_proj), "M*"}});
   static const std::vector<Weight> mamba2 = with({{"dt_bias", "H", Kind::kFloat32, offsetof(L, dt_bias)},
                                                   {"A", "H", Kind::kFloat32, offsetof(L, A)},
                                                   {"D", "H", Kind::kFloat32, offsetof(L, D)},
                                                   {"gated_norm", "I", Kind::kModel, offsetof(L, gated_norm)},
-                                                  {"out_proj", "MI", Kind::kModel, offsetof(L, out_proj)}});
+                                                  {"out_proj", "MI", Kind::kModel, offsetof(L, out_proj), "M*"}});
   return family == 1 ? mamba1 : mamba2;
 }
 
 /* Index of the first input that is no state: where shapes are read first. */
 inline std::size_t first_weight(int n_layer) { return 1 + 2 * static_cast<std::size_t>(n_layer); }
 
-inline std::vector<Operand> inputs(int family, int n_layer) {
+inline std::vector<Operand> inputs(int family, int n_layer, int weight_bits) {
   std::vector<Operand> all = {{"input_ids", "B1", Kind::kIds}};
   for (int i = 0; i < n_layer; i++) {
     all.push_back({"conv_state_" + std::to_string(i), "BXk", Kind::kModel});
@@ -84,10 +88,13 @@ inline std::vector<Operand> inputs(int family, int n_layer) {
   }
   all.push_back({"embedding", "VM", Kind::kModel});
   all.push_back({"norm_f", "M", Kind::kModel});
-  all.push_back({"lm_head", "WM", Kind::kModel});
+  const auto add = [&](const std::string& name, const Weight& w) {
+    if (weight_bits && w.packed) all.push_back({name, w.packed, Kind::kPacked, w.shape[1]});
+    else all.push_back({name, w.shape, w.kind});
+  };
+  add("lm_head", {"lm_head", "WM", Kind::kModel, 0, "W*"});
   for (int i = 0; i < n_layer; i++)
-    for (const Weight& w : weights(family))
-      all.push_back({"layers." + std::to_string(i) + "." + w.name, w.shape, w.kind});
+    for (const Weight& w : weights(family)) add("layers." + std::to_string(i) + "." + w.name, w);
   return all;
 }
 
@@ -99,8 +106,26 @@ mamba_decode_stack_params from_attributes(Get&& get) {
   p.family = whole("family"), p.n_layer = whole("n_layer"), p.dt_rank = whole("dt_rank"), p.nheads = whole("nheads");
   p.ngroups = whole("ngroups"), p.vocab_size = whole("vocab_size"), p.residual_fp32 = whole("residual_in_fp32");
   p.norm_eps = static_cast<float>(get("norm_eps")), p.gated_norm_eps = static_cast<float>(get("gated_norm_eps"));
+  p.weight_bits = whole("weight_bits"), p.group_size = whole("group_size");
   p.n_forced = p.n_steps = 1, p.tactic = -1;
   return p;
+}
+
+/* Whether packed rows are as long as those of the attributes' format are: empty, or what is wrong. `words(i)` is the last
+ * dimension of input i. */
+template <typename Sizes, typename Words>
+std::string packed_rows(const mamba_decode_stack_params& p, const Sizes& sizes, Words&& words) {
+  const std::vector<Operand> all = inputs(p.family, p.n_layer, p.weight_bits);
+  for (std::size_t i = 0; i < all.size(); i++) {
+    if (all[i].kind != Kind::kPacked || sizes[all[i].columns] < 0) continue;
+    const auto width = static_cast<int32_t>(sizes[all[i].columns]);
+    const int32_t scales = p.group_size ? (width + p.group_size - 1) / p.group_size : 1;
+    const int32_t wanted = mamba_decode_row_bytes(p.weight_bits, width, scales) / 4;
+    if (words(i) >= 0 && words(i) != wanted)
+      return "input " + all[i].name + " has rows of " + std::to_string(words(i)) + " words, expected " +
+             std::to_string(wanted) + " for " + std::to_string(width) + " values (attributes weight_bits, group_size)";
+  }
+  return "";
 }
 
 /* The dimensions, from the size that each letter stands for (`sizes['M']`). */

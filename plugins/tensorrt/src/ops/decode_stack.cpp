@@ -42,13 +42,19 @@ class DecodeStack final
 };
 
 Kind kind_of(stack::Kind kind) {
-  return kind == stack::Kind::kIds ? Kind::kInt64 : kind == stack::Kind::kModel ? Kind::kActivation : Kind::kFloat32;
+  switch (kind) {
+    case stack::Kind::kIds: return Kind::kInt64;
+    case stack::Kind::kModel: return Kind::kActivation;
+    case stack::Kind::kPacked: return Kind::kInt32;
+    case stack::Kind::kFloat32: break;
+  }
+  return Kind::kFloat32;
 }
 
 Signature signature(const Attributes& attributes) {
   Signature made;
   const int layers = attributes.flag("n_layer");
-  for (const stack::Operand& operand : stack::inputs(attributes.flag("family"), layers))
+  for (const stack::Operand& operand : stack::inputs(attributes.flag("family"), layers, attributes.flag("weight_bits")))
     made.inputs.push_back({operand.name, operand.shape, kind_of(operand.kind)});
   made.outputs.push_back({0, static_cast<int64_t>(attributes.get("vocab_size"))});
   made.first = stack::first_weight(layers);
@@ -57,8 +63,10 @@ Signature signature(const Attributes& attributes) {
   return made;
 }
 
-std::string relations(const Attributes& attributes, const Sizes& sizes) {
-  return stack::relations(params_of(attributes), sizes);
+std::string relations(const Attributes& attributes, const Sizes& sizes, const std::vector<Tensor>& inputs) {
+  const mamba_decode_stack_params p = params_of(attributes);
+  const std::string wrong = stack::relations(p, sizes);
+  return wrong.empty() ? stack::packed_rows(p, sizes, [&](size_t i) { return inputs[i].shape.back(); }) : wrong;
 }
 
 std::vector<AttributeSpec> attribute_specs() {
