@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mamba_export.kernels.library import KernelError
-from mamba_export.kernels.packed_weights import Format, common_format, format_for
+from mamba_export.kernels.packed_weights import common_format, format_for, told_apart
 
 from mamba_export.errors import UsageError
 from mamba_export.fused_step import unsupported
@@ -12,7 +12,7 @@ from mamba_export.spec import ModelSpec
 from .recipes import LAYERS, Recipe, Weights
 from .rounding import group_of
 
-_INSTEAD = "use a recipe like w8a16 or w4a16-pure, or leave --fuse-step out"
+_INSTEAD = "use a recipe like w8a16 or w4a16, or leave --fuse-step out"
 
 
 def check_fused(recipe: Recipe, spec: ModelSpec, dtype: str) -> None:
@@ -32,19 +32,15 @@ def check_fused(recipe: Recipe, spec: ModelSpec, dtype: str) -> None:
     if recipe.state != "fp32":
         raise UsageError(f"a fused step has no {recipe.state} state", "leave --state (the recipe's state) at fp32")
     _check_layers(recipe, spec)
-    if recipe.promote.bits:
-        raise UsageError(
-            f"a fused step has one type of integers, the recipe {recipe.name} makes some int4 matrices int8",
-            "use w4a16-pure, which does not, or leave --fuse-step out",
-        )
     schemes = _packable(recipe, spec)
     floats = [name for name, (scheme, _) in schemes.items() if scheme.type == "float"]
     if len(floats) == len(schemes):
         return
     if floats:
         other = next(name for name in schemes if name not in floats)
-        raise UsageError(f"a fused step takes all of its matrices quantized or none: {floats[0]} is float, "
-                         f"{other} is not", _INSTEAD)  # fmt: skip
+        raise UsageError(
+            f"a fused step takes all of its matrices quantized or none: {floats[0]} is float, {other} is not", _INSTEAD
+        )
     _check_formats(recipe, schemes)
     if dtype == "fp32":
         raise UsageError("a fused step of integer weights has no fp32", "use --dtype fp16 or bf16")
@@ -75,22 +71,21 @@ def _packable(recipe: Recipe, spec: ModelSpec) -> dict[str, tuple[Weights, int]]
 
 
 def _check_formats(recipe: Recipe, schemes: dict[str, tuple[Weights, int]]) -> None:
-    formats: list[tuple[Format, int]] = []
-    first = ""
+    formats = {}
     for name, (scheme, columns) in schemes.items():
         try:
-            formats.append((format_for(scheme.type, columns, group_of(scheme, columns), scheme.zeros), columns))
-            common_format(formats)
+            formats[name] = format_for(scheme.type, columns, group_of(scheme, columns), scheme.zeros)
         except KernelError as error:
-            if len(formats) < 2 or "different" not in str(error):
-                raise UsageError(f"a fused step can't hold {name} of the recipe {recipe.name}: {error}",
-                                 error.hint or _INSTEAD) from error  # fmt: skip
-            kinds = " and ".join(f"{n} in {_described(*schemes[n])}" for n in (first, name))
-            raise UsageError(f"a fused step has one format of integers, the recipe {recipe.name} has {kinds}",
-                             _INSTEAD) from error  # fmt: skip
-        first = first or name
-
-
-def _described(scheme: Weights, columns: int) -> str:
-    group = group_of(scheme, columns)
-    return f"{scheme.type} by {'rows' if group >= columns else f'groups of {group}'}"
+            reason = f"a fused step can't hold {name} of the recipe {recipe.name}: {error}"
+            raise UsageError(reason, error.hint or _INSTEAD) from error
+    model = common_format(formats.values())
+    for name, form in formats.items():
+        columns, promoted = schemes[name][1], recipe.promote.bits and name != "head"
+        if columns % (512 // model.bits):
+            reason = f"a fused step of int{model.bits} has no rows of {columns} values ({name})"
+            raise UsageError(reason, f"widths are multiples of {512 // model.bits}; w8a16 takes those of 64")
+        if (form.bits == 8 or promoted) and not told_apart(model, columns):
+            raise UsageError(
+                f"a fused step can't tell int8 rows of {columns} values from int4 ({name} of the recipe {recipe.name})",
+                "use w8a16, or a recipe of your own with one type of integers",
+            )

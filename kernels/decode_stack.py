@@ -25,13 +25,13 @@ WEIGHTS = (
     "norm in_proj conv_weight conv_bias x_proj dt_proj out_proj gated_norm dt_bias A D"
     " conv_state_in conv_state_out ssm_state_in ssm_state_out"
 )
-LAYER = params_struct("DecodeLayer", f"ptr {WEIGHTS}")
+LAYER = params_struct("DecodeLayer", f"ptr {WEIGHTS}; i32 in_proj_bits out_proj_bits")
 PARAMS = params_struct(
     "DecodeStackParams",
     "i32 dtype family batch n_layer d_model d_inner d_state d_conv dt_rank vocab_size nheads ngroups"
     " residual_fp32 n_forced n_steps tactic; f32 norm_eps gated_norm_eps;"
     "ptr layers embedding norm_f lm_head input_ids output_ids logits workspace; size workspace_size;"
-    "i32 weight_bits group_size zero_points",
+    "i32 weight_bits group_size zero_points head_bits",
 )
 # Of one layer: field of the C struct -> name of the parameter below backbone.layers.{i}.
 _BOTH = {
@@ -55,24 +55,26 @@ NAMES = {
 FLOAT32 = ("dt_bias", "A", "D")
 
 
-def _packed(weights: Mapping[str, Tensor | Matrix]) -> tuple[dict[str, Tensor], Format]:
-    """The weights with all quantized matrices packed, and their format; of 0 bits where none is."""
+def _packed(weights: Mapping[str, Tensor | Matrix]) -> tuple[dict[str, Tensor], Format, dict[str, int]]:
+    """The weights, quantized matrices packed; the format of those (0 bits where there are none); their bits by name."""
     from mamba_export.fused_step import PACKABLE
 
     embedding: Any = weights["backbone.embedding.weight"]
     found: dict[str, Any] = {name: w for name, w in weights.items() if hasattr(w, "data_ptr")}
     matrices: dict[str, Any] = {name: w for name, w in weights.items() if name not in found}
-    for name, matrix in matrices.items():
+    for name in matrices:
         if not name.endswith(PACKABLE):
             raise KernelError(
                 f"decode_stack: {name} cannot be quantized", hint="quantize in_proj, out_proj and lm_head"
             )
-        found[name] = pack(matrix, embedding.dtype, embedding.device)
     if not matrices:
-        return found, Format(0, 0, False)
+        return found, Format(0, 0, False), {}
     if "lm_head.weight" not in matrices:
         raise KernelError("decode_stack: lm_head.weight must be quantized as the layers are")
-    return found, common_format([(format_of(matrix), matrix.columns) for matrix in matrices.values()])
+    form = common_format(format_of(matrix) for matrix in matrices.values())
+    for name, matrix in matrices.items():
+        found[name] = pack(matrix, embedding.dtype, embedding.device, form)
+    return found, form, {name: format_of(matrix).bits for name, matrix in matrices.items()}
 
 
 class DecodeStack:
@@ -82,7 +84,8 @@ class DecodeStack:
         spec: the model.
         weights: its parameters under the names of :class:`mamba_export.models.MambaLM`, on the GPU, dense. They are
             used where they lie, not copied. The matrices of in_proj, out_proj and the head may all be quantized
-            instead, in one format; they are packed. A model with tied embeddings then has ``lm_head.weight`` too.
+            instead, to int8 or int4 or some to either; they are packed. A model with tied embeddings then has
+            ``lm_head.weight`` too.
         batch: rows; the fused kernel takes one.
     """
 
@@ -96,7 +99,7 @@ class DecodeStack:
         if reason is not None:
             raise KernelError(f"decode_stack does not cover models with {reason}")
         self.spec, self.batch = spec, batch
-        floats, self.format = _packed(weights)
+        floats, self.format, bits = _packed(weights)
         self.embedding = floats["backbone.embedding.weight"]
         self.norm_f = floats["backbone.norm_f.weight"]
         own_head = self.format.bits or not spec.tie_embeddings
@@ -118,9 +121,13 @@ class DecodeStack:
             dtype = self.dtype if state.kind == "conv" else torch.float32
             tensor = torch.zeros(batch, *state.shape, dtype=dtype, device=self.device)
             (self.conv_states if state.kind == "conv" else self.ssm_states).append(tensor)
+        own = {name: count for name, count in bits.items() if count > self.format.bits}
+        self._head_bits = own.get("lm_head.weight", 0)
         self._pointers = (LAYER * spec.n_layer)()
         for i, layer in enumerate(self._layers):
             self._pointers[i] = LAYER(
+                in_proj_bits=own.get(f"backbone.layers.{i}.{_BOTH['in_proj']}", 0),
+                out_proj_bits=own.get(f"backbone.layers.{i}.{_BOTH['out_proj']}", 0),
                 **{field: tensor.data_ptr() for field, tensor in layer.items()},
                 **dict.fromkeys(("conv_state_in", "conv_state_out"), self.conv_states[i].data_ptr()),
                 **dict.fromkeys(("ssm_state_in", "ssm_state_out"), self.ssm_states[i].data_ptr()),
@@ -156,6 +163,7 @@ class DecodeStack:
             weight_bits=self.format.bits,
             group_size=self.format.group,
             zero_points=self.format.zeros,
+            head_bits=self._head_bits,
             **fields,
         )
 

@@ -5,7 +5,7 @@ The layout is described in ``decode_stack.h``.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,20 @@ if TYPE_CHECKING:
 
     from mamba_export.quantized import Matrix
 
-__all__ = ["ORDER", "Format", "common_format", "format_for", "format_of", "pack", "round_to", "row_bytes", "unpack"]
+__all__ = [
+    "ORDER",
+    "Format",
+    "common_format",
+    "format_by_length",
+    "format_for",
+    "format_of",
+    "pack",
+    "round_to",
+    "row_bytes",
+    "told_apart",
+    "unpack",
+    "within",
+]
 
 _UNIT = 64
 ORDER = {8: (0, 2, 1, 3, 4, 6, 5, 7), 4: (0, 2, 4, 6, 1, 3, 5, 7)}
@@ -60,14 +73,14 @@ def format_of(matrix: Matrix) -> Format:
     return format_for(matrix.kind, matrix.columns, matrix.group, matrix.zeros is not None)
 
 
-def common_format(formats: Collection[tuple[Format, int]]) -> Format:
-    """The one format of matrices of such formats and columns: where it has groups, narrow ones may have just one."""
-    group = max(form.group for form, _ in formats)
-    wide = any(form.group == 0 and columns > group for form, columns in formats)
-    found = {form for form, _ in formats}
-    if len({(f.bits, f.zeros) for f in found}) > 1 or len({f.group for f in found} - {0}) > 1 or (group and wide):
-        raise KernelError("decode_stack: quantized matrices have different formats", hint="give all the same")
-    return next(form for form in found if form.group == group)
+def common_format(formats: Iterable[Format]) -> Format:
+    """The format of a model with such matrices: int4 if any is, in the smallest groups that any has.
+
+    Rows take their scales repeated where their own groups are larger: int8 keeps its bits in such a model.
+    """
+    found = set(formats)
+    group = min((form.group for form in found if form.group), default=0)
+    return Format(min(form.bits for form in found), group, any(form.zeros for form in found))
 
 
 def row_bytes(form: Format, columns: int) -> int:
@@ -76,23 +89,51 @@ def row_bytes(form: Format, columns: int) -> int:
     return (-(-used // _UNIT) | 1) * _UNIT  # an odd number of units
 
 
-def pack(matrix: Matrix, dtype: Any, device: Any = None) -> Tensor:
-    """uint8 [rows, bytes of a row]; scales and zero points become ``dtype``."""
+def within(form: Format, bits: int) -> Format:
+    """The format of the matrices of ``bits`` in a model of format ``form``."""
+    return Format(bits, form.group, form.zeros and bits == 4)
+
+
+def told_apart(form: Format, columns: int) -> bool:
+    """Whether the length of a row says if its integers have 8 bits, in a model of format ``form``."""
+    return form.bits == 8 or row_bytes(form, columns) != row_bytes(within(form, 8), columns)
+
+
+def format_by_length(form: Format, columns: int, length: int) -> Format:
+    """The format of a matrix whose rows have ``length`` bytes, in a model of format ``form``."""
+    wide = within(form, 8)
+    return wide if length == row_bytes(wide, columns) != row_bytes(form, columns) else form
+
+
+def pack(matrix: Matrix, dtype: Any, device: Any = None, form: Format | None = None) -> Tensor:
+    """uint8 [rows, bytes of a row]; scales and zero points become ``dtype``.
+
+    Args:
+        matrix: int8 or int4.
+        dtype: of the model, float16 or bfloat16.
+        device: of the result.
+        form: of the model, where other matrices have smaller groups or zero points; the matrix's own when None.
+    """
     import torch
 
-    form = format_of(matrix)
-    stored, scales = matrix.values.to(device), matrix.scales.to(device, dtype)
+    own = format_of(matrix)
+    form = own if form is None else within(form, own.bits)
+    group, columns = form.group or matrix.columns, matrix.columns
+    source = torch.arange(form.groups(columns), device=device) * group // (own.group or columns)
+    stored, scales = matrix.values.to(device), matrix.scales.to(device, dtype)[:, source]
     parts = [scales]
     if form.bits == 4:
-        zeros = torch.full_like(scales, 8) if matrix.zeros is None else matrix.zeros.to(scales) + 8
-        stored = stored + zeros.to(torch.int8).repeat_interleave(matrix.group, 1)[:, : matrix.columns]
+        zeros = torch.full_like(scales, 8)
+        if matrix.zeros is not None:
+            zeros = matrix.zeros.to(scales)[:, source] + 8
+        stored = stored + zeros.to(torch.int8).repeat_interleave(group, 1)[:, :columns]
         parts += [zeros] * form.zeros
     subs = 16 // form.bits  # 32 values each, in the 64 bytes of four lanes
     stored = stored.reshape(len(stored), -1, subs, 4, 8).transpose(2, 3)[..., ORDER[form.bits]].flatten(1)
     if form.bits == 4:
         stored = stored[:, ::2] | stored[:, 1::2] << 4
     row = torch.cat([part.contiguous().view(torch.uint8) for part in (stored, *parts)], 1)
-    return torch.nn.functional.pad(row, (0, row_bytes(form, matrix.columns) - row.shape[1]))
+    return torch.nn.functional.pad(row, (0, row_bytes(form, columns) - row.shape[1]))
 
 
 def unpack(packed: Tensor, form: Format, columns: int, dtype: Any) -> Tensor:

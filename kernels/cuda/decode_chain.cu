@@ -59,10 +59,11 @@ template <typename F> bool allow_shared(F kernel, size_t bytes) {
          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)) == cudaSuccess;
 }
 
-template <typename T, int kFamily, int kIn, int kOut, int kBits> struct Chain {
+// The products of matrices of kBits.
+template <typename T, int kFamily, int kIn, int kOut, int kBits> struct Products {
   Launch in, out, head;
 
-  explicit Chain(const Params& p) {
+  explicit Products(const Params& p) {
     const int further = kFamily == 1 ? 0 : ceil_div(x_rows_of(p), 2);
     in = product_launch<T, kIn, kBits>(p.d_inner + further, p.d_model, p.batch);
     out = product_launch<T, kOut, kBits>(ceil_div(p.d_model, 2), p.d_inner, p.batch);
@@ -72,57 +73,78 @@ template <typename T, int kFamily, int kIn, int kOut, int kBits> struct Chain {
     const size_t most = max_shared_bytes();
     return in.shared <= most && out.shared <= most && head.shared <= most;
   }
-
-  int launch(const Params& p, cudaStream_t stream) {
-    Buffers s;
-    place_buffers(p, s);
+  bool allow() {
     // The rings of out_proj and of the in_proj beside it share a multiprocessor. Two blocks of the same out_proj must not:
     // another multiprocessor would be without one.
     const size_t half = max_shared_bytes() / 2 + 1024;
     if (out.shared < half && out.shared + in.shared < 2 * half - 8192) out.shared = half;
-    const int x_rows = x_rows_of(p), spread = ceil_div(ceil_div(p.d_inner, sm_count()), 4) * 4;
-    const int channels = spread < kMiddleThreads / 8 ? spread : kMiddleThreads / 8;
-    const dim3 scan_grid(ceil_div(p.d_inner, channels), p.batch);
-
-    bool ok = allow_shared(embed_kernel<T>, 0) && allow_shared(x_kernel<T>, kXShared) &&
-              allow_shared(scan_kernel<T, kFamily>, x_rows * sizeof(float)) &&
-              allow_shared(in_kernel<T, kFamily, kIn, kBits>, in.shared) &&
-              allow_shared(out_kernel<T, kOut, kBits>, out.shared) &&
-              allow_shared(head_kernel<T, kIn, kBits>, head.shared);
-    ok = ok && start(embed_kernel<T>, dim3(ceil_div(p.d_model, 256), p.batch), 256, 0, stream, p, s.hidden);
-    for (int i = 0; ok && i < p.n_layer; i++) {
-      const Layer& l = p.layers[i];
-      ok &= start(in_kernel<T, kFamily, kIn, kBits>, in.grid, kProductThreads, in.shared, stream, p, l, s,
-                  vectorizes<T>(l.in_proj, p.d_model));
-      bool states = aligned(l.ssm_state_in, 16) && aligned(l.ssm_state_out, 16), wide_rows = false;
-      if (kFamily == 1) {
-        states = states && aligned(l.A, 16) && p.d_state % 2 == 0 && p.dt_rank % 2 == 0;
-        wide_rows = p.dt_rank % 8 == 0 && vectorizes<T>(l.dt_proj, p.dt_rank);
-        ok &= start(x_kernel<T>, dim3(ceil_div(x_rows, 2), p.batch), kMiddleThreads, kXShared, stream, p, l, s,
-                    p.d_inner % 8 == 0 && vectorizes<T>(l.x_proj, p.d_inner));
-      } else {
-        states = states && p.d_state % 4 == 0;
-      }
-      ok &= start(scan_kernel<T, kFamily>, scan_grid, channels * 8, x_rows * sizeof(float), stream, p, l, s, states, wide_rows);
-      ok &= start(out_kernel<T, kOut, kBits>, out.grid, kProductThreads, out.shared, stream, p, l, s,
-                  vectorizes<T>(l.out_proj, p.d_inner));
-    }
-    ok = ok && start(head_kernel<T, kIn, kBits>, head.grid, kProductThreads, head.shared, stream, p, s,
-                     vectorizes<T>(p.lm_head, p.d_model));
-    const int status = launch_status();  // clears what failed
-    return ok ? status : MAMBA_ERROR_CUDA;
+    return allow_shared(in_kernel<T, kFamily, kIn, kBits>, in.shared) && allow_shared(out_kernel<T, kOut, kBits>, out.shared) &&
+           allow_shared(head_kernel<T, kIn, kBits>, head.shared);
+  }
+  bool start_in(const Params& p, const Layer& l, const Buffers& s, cudaStream_t stream) const {
+    return start(in_kernel<T, kFamily, kIn, kBits>, in.grid, kProductThreads, in.shared, stream, p, l, s,
+                 vectorizes<T>(l.in_proj, p.d_model));
+  }
+  bool start_out(const Params& p, const Layer& l, const Buffers& s, cudaStream_t stream) const {
+    return start(out_kernel<T, kOut, kBits>, out.grid, kProductThreads, out.shared, stream, p, l, s,
+                 vectorizes<T>(l.out_proj, p.d_inner));
+  }
+  bool start_head(const Params& p, const Buffers& s, cudaStream_t stream) const {
+    return start(head_kernel<T, kIn, kBits>, head.grid, kProductThreads, head.shared, stream, p, s,
+                 vectorizes<T>(p.lm_head, p.d_model));
   }
 };
 
+// What lies between in_proj and out_proj.
+template <typename T, int kFamily>
+bool start_scan(const Params& p, const Layer& l, const Buffers& s, cudaStream_t stream) {
+  const int x_rows = x_rows_of(p), spread = ceil_div(ceil_div(p.d_inner, sm_count()), 4) * 4;
+  const int channels = spread < kMiddleThreads / 8 ? spread : kMiddleThreads / 8;
+  const dim3 grid(ceil_div(p.d_inner, channels), p.batch);
+  bool ok = true, states = aligned(l.ssm_state_in, 16) && aligned(l.ssm_state_out, 16), wide_rows = false;
+  if (kFamily == 1) {
+    states = states && aligned(l.A, 16) && p.d_state % 2 == 0 && p.dt_rank % 2 == 0;
+    wide_rows = p.dt_rank % 8 == 0 && vectorizes<T>(l.dt_proj, p.dt_rank);
+    ok = start(x_kernel<T>, dim3(ceil_div(x_rows, 2), p.batch), kMiddleThreads, kXShared, stream, p, l, s,
+               p.d_inner % 8 == 0 && vectorizes<T>(l.x_proj, p.d_inner));
+  } else {
+    states = states && p.d_state % 4 == 0;
+  }
+  return ok && start(scan_kernel<T, kFamily>, grid, channels * 8, x_rows * sizeof(float), stream, p, l, s, states, wide_rows);
+}
+
+// `wide`: of the matrices that are int8 in a model of int4.
+template <typename T, int kFamily, typename Narrow, typename Wide>
+int launch_all(const Params& p, Narrow products, Wide wide, cudaStream_t stream) {
+  Buffers s;
+  place_buffers(p, s);
+  const bool mixed = model_bits(p) == kMixed;
+  bool ok = products.allow() && (!mixed || wide.allow()) && allow_shared(embed_kernel<T>, 0) &&
+            allow_shared(x_kernel<T>, kXShared) && allow_shared(scan_kernel<T, kFamily>, x_rows_of(p) * sizeof(float));
+  ok = ok && start(embed_kernel<T>, dim3(ceil_div(p.d_model, 256), p.batch), 256, 0, stream, p, s.hidden);
+  for (int i = 0; ok && i < p.n_layer; i++) {
+    const Layer& l = p.layers[i];
+    ok = mixed && l.in_proj_bits == 8 ? wide.start_in(p, l, s, stream) : products.start_in(p, l, s, stream);
+    ok = ok && start_scan<T, kFamily>(p, l, s, stream);
+    ok = ok && (mixed && l.out_proj_bits == 8 ? wide.start_out(p, l, s, stream) : products.start_out(p, l, s, stream));
+  }
+  ok = ok && (mixed && p.head_bits == 8 ? wide.start_head(p, s, stream) : products.start_head(p, s, stream));
+  const int status = launch_status();  // clears what failed
+  return ok ? status : MAMBA_ERROR_CUDA;
+}
+
 template <typename T, int kFamily> int launch_family(const Params& p, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (p.weight_bits == 8) return Chain<T, kFamily, kPackedDepth, kPackedDepth, 8>(p).launch(p, stream);
-    if (p.weight_bits == 4) return Chain<T, kFamily, kPackedDepth, kPackedDepth, 4>(p).launch(p, stream);
+    const Products<T, kFamily, kPackedDepth, kPackedDepth, 8> bytes(p);
+    if (p.weight_bits == 8) return launch_all<T, kFamily>(p, bytes, bytes, stream);
+    const Products<T, kFamily, kPackedDepth, kPackedDepth, 4> nibbles(p);
+    if (p.weight_bits == 4) return launch_all<T, kFamily>(p, nibbles, bytes, stream);
   }
   constexpr int kBits = 8 * sizeof(T);
-  Chain<T, kFamily, kInDepth, kOutDepth, kBits> chain(p);
-  if (chain.fits()) return chain.launch(p, stream);
-  return Chain<T, kFamily, kSmallDepth, kSmallDepth, kBits>(p).launch(p, stream);
+  const Products<T, kFamily, kInDepth, kOutDepth, kBits> products(p);
+  if (products.fits()) return launch_all<T, kFamily>(p, products, products, stream);
+  const Products<T, kFamily, kSmallDepth, kSmallDepth, kBits> smaller(p);
+  return launch_all<T, kFamily>(p, smaller, smaller, stream);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace mamba::decode::chain {
 
 // kBits below 16: the layout of a row of integers.
 template <int kBits> __device__ __forceinline__ Packing packing(const Params& p, int width) {
-  return kBits < 16 ? packing_of(p, width) : Packing{};
+  return kBits < 16 ? packing_of(p, width, kBits) : Packing{};
 }
 template <typename T, int kBits>
 __device__ __forceinline__ auto row_of(const void* matrix, int row, int width, const Packing& f) {

@@ -9,7 +9,7 @@ namespace mamba::decode {
 
 // A row's result from its terms in shared memory, times the norm's scale where there is one. All lanes call.
 template <bool kHeld, bool kNormed, typename T, int kFamily>
-__device__ __forceinline__ float row_sum(const Worker<T, kFamily>& w, int stage, int row) {
+__device__ __forceinline__ float row_sum(const Worker<T, kFamily>& w, const Shape& shape, int stage, int row) {
   float v = 0.0f;
   if constexpr (kHeld) {
     static_assert(kWarps == 12);
@@ -30,7 +30,6 @@ __device__ __forceinline__ float row_sum(const Worker<T, kFamily>& w, int stage,
     }
     return kNormed ? v * norm_scale(w, stage == kOut, square) : v;
   }
-  const Shape& shape = w.plan.shapes[stage];
   const float* terms = w.partial(stage) + row * shape.terms;
   if constexpr (sizeof(T) == 2) {
     static_assert(kWarps % 4 == 0 && kWarps / 4 <= 3);
@@ -64,7 +63,7 @@ template <typename T, int kFamily> __device__ __forceinline__ int in_row(const W
 // eight lanes; in Mamba-2 the heads' dt. Then, of Mamba-1, the block's part of dt, B and C; and the weights for the layer to
 // come, while their latency costs nothing. first_row: in_row() of the first item.
 template <bool kHeld, typename T, int kFamily>
-__device__ __forceinline__ void finish_in(const Worker<T, kFamily>& w, const Pass& pass, const Layer& l,
+__device__ __forceinline__ void finish_in(const Worker<T, kFamily>& w, const Shape& shape, const Pass& pass, const Layer& l,
                                           Convolution<T>& conv, int first_row, uint32_t epoch) {
   const int n = w.channels.count;
   const bool speaks = w.lane % 4 == 0, gate = w.lane & 4;
@@ -77,7 +76,7 @@ __device__ __forceinline__ void finish_in(const Worker<T, kFamily>& w, const Pas
       conv.load(w, pass.layer, pass.step, i);
       conv.begin(w, l, i);
     }
-    float v = row_sum<kHeld, true>(w, kIn, base < kThreads / 8 ? first_row : in_row(w, i));
+    float v = row_sum<kHeld, true>(w, shape, kIn, base < kThreads / 8 ? first_row : in_row(w, i));
     if (i >= w.conv_items || !speaks || (gate && i >= n)) continue;
     if (gate || w.convolves(i)) {
       v = rounded<T>(v);
@@ -101,11 +100,11 @@ __device__ __forceinline__ void finish_in(const Worker<T, kFamily>& w, const Pas
 
 // Behind out_proj: the residual's new part. Then the state and the columns of x_proj of the layer to come.
 template <bool kHeld, typename T, int kFamily>
-__device__ __forceinline__ void finish_out(const Worker<T, kFamily>& w, const Pass& pass, uint32_t epoch) {
+__device__ __forceinline__ void finish_out(const Worker<T, kFamily>& w, const Shape& shape, const Pass& pass, uint32_t epoch) {
 #pragma unroll 1
   for (int base = w.warp * 8; base < w.out_rows.count; base += kThreads / 4) {
     const int r = base + w.lane / 4, row = min(r, w.out_rows.count - 1);
-    float v = row_sum<kHeld, kFamily == 2>(w, kOut, row);
+    float v = row_sum<kHeld, kFamily == 2>(w, shape, kOut, row);
     if (r >= w.out_rows.count || w.lane % 4 != 0) continue;
     v += w.residual[r];
     if (!w.p.residual_fp32) v = rounded<T>(v);

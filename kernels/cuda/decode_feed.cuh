@@ -5,16 +5,20 @@
 
 namespace mamba::decode {
 
-// Bytes of a row of the matrix of a stage.
+// The matrix of a stage: bytes of a row, and log2 of the rows in a slot. `own`: its own bits.
+struct Rows {
+  int bytes, shift;
+};
 template <int kBits, typename T, int kFamily>
-__device__ __forceinline__ int row_bytes(const Block<T, kFamily>& b, Stage stage) {
-  if constexpr (kBits < 16) return b.plan.shapes[stage].packed.row_bytes;
-  else return (stage == kOut ? b.p.d_inner : b.p.d_model) * int(sizeof(T));
+__device__ __forceinline__ Rows rows_of(const Block<T, kFamily>& b, Stage stage, int own) {
+  const Shape& s = kBits == kMixed && own == 8 ? b.plan.wide[stage] : b.plan.shapes[stage];
+  if constexpr (kBits < 16) return {s.packed.row_bytes, s.shift};
+  else return {(stage == kOut ? b.p.d_inner : b.p.d_model) * int(sizeof(T)), s.shift};
 }
 
 // Rows that lie one behind the other.
-__device__ __forceinline__ void feed_rows(Producer& out, const void* weight, Share s, int row, int shift) {
-  const int slot_rows = 1 << shift;
+__device__ __forceinline__ void feed_rows(Producer& out, const void* weight, Share s, const Rows& rows) {
+  const int slot_rows = 1 << rows.shift, row = rows.bytes;
 #pragma unroll 1
   for (int r = 0; r < s.count; r += slot_rows) {
     const char* from = static_cast<const char*>(weight) + int64_t(s.first + r) * row;
@@ -26,7 +30,8 @@ __device__ __forceinline__ void feed_rows(Producer& out, const void* weight, Sha
 template <int kBits, typename T, int kFamily>
 __device__ __forceinline__ void feed_in(Producer& out, const Block<T, kFamily>& b, const Layer& l) {
   const Params& p = b.p;
-  const int n = b.channels.count, row = row_bytes<kBits>(b, kIn), shift = b.plan.shift_model;
+  const Rows rows = rows_of<kBits>(b, kIn, l.in_proj_bits);
+  const int n = b.channels.count, row = rows.bytes, shift = rows.shift;
   // Rows [at, at + count) of a slot that lie in the stretch of `size` rows which begins at row `begin` of the list.
   auto part = [&](const void* weight, int64_t first, int begin, int size, int at, int count) {
     const int from = max(at, begin), to = min(at + count, begin + size);
@@ -62,9 +67,9 @@ template <int kBits, typename T, int kFamily> __device__ void feed(const Block<T
       const Layer& l = b.layers[i];
       feed_in<kBits>(out, b, l);
       if constexpr (kFamily == 1) feed_scan(out, b, l);
-      feed_rows(out, l.out_proj, b.out_rows, row_bytes<kBits>(b, kOut), plan.shift_inner);
+      feed_rows(out, l.out_proj, b.out_rows, rows_of<kBits>(b, kOut, l.out_proj_bits));
     }
-    if (b.has_head(step)) feed_rows(out, p.lm_head, b.head_rows, row_bytes<kBits>(b, kHead), plan.shift_model);
+    if (b.has_head(step)) feed_rows(out, p.lm_head, b.head_rows, rows_of<kBits>(b, kHead, p.head_bits));
   }
 }
 

@@ -17,20 +17,36 @@ struct Packing {
 };
 
 constexpr int kUnit = 64;  // bytes of integers that four lanes have
-__host__ __device__ inline int integer_bytes(const mamba_decode_stack_params& p, int width) { return width * p.weight_bits / 8; }
 
-__host__ __device__ inline Packing packing_of(const mamba_decode_stack_params& p, int width) {
-  Packing f{0, integer_bytes(p, width), 0, 30};
+__host__ __device__ inline Packing packing_of(const mamba_decode_stack_params& p, int width, int bits) {
+  Packing f{0, width * bits / 8, 0, 30};
   const int groups = p.group_size ? ceil_div(width, p.group_size) : 1;
   for (int k = 5; k < 30; k++) f.shift = p.group_size == 1 << k ? k : f.shift;
-  f.zeros = p.zero_points ? groups : 0;
+  f.zeros = p.zero_points && bits == 4 ? groups : 0;
   // An odd number of units: neighbouring rows lie in other banks of shared memory.
-  f.row_bytes = mamba_decode_row_bytes(p.weight_bits, width, groups + f.zeros);
+  f.row_bytes = mamba_decode_row_bytes(bits, width, groups + f.zeros);
   return f;
+}
+
+// A model of int4 some of whose matrices are int8, where kernels are told by the bits of their integers.
+constexpr int kMixed = 12;
+
+// The bits of a matrix whose own field says `own`.
+__host__ __device__ inline int bits_of(const mamba_decode_stack_params& p, int own) { return own ? own : p.weight_bits; }
+
+// 0, 8, 4 or kMixed.
+inline int model_bits(const mamba_decode_stack_params& p) {
+  bool wide = p.head_bits == 8;
+  for (int i = 0; i < p.n_layer; i++) wide |= p.layers[i].in_proj_bits == 8 || p.layers[i].out_proj_bits == 8;
+  return p.weight_bits == 4 && wide ? kMixed : p.weight_bits;
 }
 
 // Whether the parameters describe integer weights that exist.
 inline int check_integers(const mamba_decode_stack_params& p) {
+  const auto known = [&](int own) { return own == 0 || (own == 8 && p.weight_bits); };
+  bool all_known = known(p.head_bits);
+  for (int i = 0; i < p.n_layer; i++) all_known &= known(p.layers[i].in_proj_bits) && known(p.layers[i].out_proj_bits);
+  if (!all_known) return MAMBA_ERROR_DTYPE;
   if (p.weight_bits == 0) return p.group_size || p.zero_points ? MAMBA_ERROR_DTYPE : MAMBA_OK;
   if ((p.weight_bits != 8 && p.weight_bits != 4) || p.dtype == MAMBA_F32) return MAMBA_ERROR_DTYPE;
   if (p.zero_points && p.weight_bits != 4) return MAMBA_ERROR_DTYPE;

@@ -27,8 +27,7 @@ struct Progress {
 
 // The vector that the stage multiplies, into shared memory: this thread's squares of it.
 template <int kStage, Taking kTaking, typename T, int kFamily>
-__device__ __forceinline__ float take_vector(const Worker<T, kFamily>& w, const Pass& pass, Progress& at) {
-  const Shape& shape = w.plan.shapes[kStage];
+__device__ __forceinline__ float take_vector(const Worker<T, kFamily>& w, const Shape& shape, const Pass& pass, Progress& at) {
   float square = 0.0f;
   if constexpr (kStage == kOut) {
     take_inner<kTaking>(w, shape, at.epoch, square);
@@ -47,23 +46,17 @@ __device__ __forceinline__ void end_product() {
   block_sync();
 }
 template <int kStage, bool kHeld, typename T, int kFamily>
-__device__ __forceinline__ void finish(const Worker<T, kFamily>& w, const Pass& pass, const Layer& l, Convolution<T>& conv,
-                                       int first_row, uint32_t epoch) {
-  if constexpr (kStage == kIn) finish_in<kHeld>(w, pass, l, conv, first_row, epoch);
-  else if constexpr (kStage == kOut) finish_out<kHeld>(w, pass, epoch);
+__device__ __forceinline__ void finish(const Worker<T, kFamily>& w, const Shape& shape, const Pass& pass, const Layer& l,
+                                       Convolution<T>& conv, int first_row, uint32_t epoch) {
+  if constexpr (kStage == kIn) finish_in<kHeld>(w, shape, pass, l, conv, first_row, epoch);
+  else if constexpr (kStage == kOut) finish_out<kHeld>(w, shape, pass, epoch);
 }
 
-// A product with what lies before and behind it. kBits: 16 for weights of type T.
+// A product with its vector's arrival before it and what follows from it. kBits: 16 for weights of type T.
 template <int kStage, bool kHeld, int kBits, typename T, int kFamily>
-__device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pass& pass, const Layer& l, Progress& at,
-                                          Convolution<T>& conv, Best& best) {
-  if constexpr (kStage == kOut) {
-    scan(w, l, at.epoch, at.turn, at.cursor);
-    at.turn ^= 1;
-  }
-
+__device__ __forceinline__ void run_product(const Worker<T, kFamily>& w, const Shape& shape, const Pass& pass, const Layer& l,
+                                            Progress& at, Convolution<T>& conv, Best& best) {
   constexpr bool kTensor = Vector<T>::kTensor, kNormed = kStage != kOut || kFamily == 2;
-  const Shape& shape = w.plan.shapes[kStage];
   const int rows = w.rows(kStage);
   float* partial = w.partial(kStage);
   const int first_row = kStage == kIn ? keep(in_row(w, w.tid / 8)) : 0;
@@ -74,7 +67,7 @@ __device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pas
     Held product(w.x, shape.width, rows, w.lane, w.warp);
     if constexpr (kBits == 16) product.hold(w.ring, at.cursor, shape.shift);
     else product.hold(w.ring, at.cursor, shape);
-    float square = take_vector<kStage, kHeldTiles>(w, pass, at);
+    float square = take_vector<kStage, kHeldTiles>(w, shape, pass, at);
     product.run(w.x, kNormed, partial);
     if (kNormed) {  // as one more row
 #pragma unroll
@@ -82,12 +75,12 @@ __device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pas
       if (w.lane < 4) partial[kHeldRows * kHeldTerms + 4 * w.warp + w.lane] = square;
     }
     end_product();
-    finish<kStage, true>(w, pass, l, conv, first_row, at.epoch);
+    finish<kStage, true>(w, shape, pass, l, conv, first_row, at.epoch);
     product.release(w.ring, at.cursor, shape.shift);
   } else {
     using Tiled = std::conditional_t<kBits == 16, TensorProduct<T>, PackedProduct<T, kBits>>;
     const Tiled product(shape, rows, w.x, kNormed);  // what it can know before its vector arrives
-    float square = take_vector<kStage, kBits == 4 ? kTiled4 : kTiled>(w, pass, at);
+    float square = take_vector<kStage, kBits == 4 ? kTiled4 : kTiled>(w, shape, pass, at);
     if (kNormed) {
       square = warp_sum(square);
       if (w.lane == 0) w.square(kStage)[w.warp] = square;
@@ -110,7 +103,24 @@ __device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pas
     else Product{w.ring, at.cursor, reinterpret_cast<const float4*>(w.x.at), w.warp, w.lane}.run(shape, rows, store);
     if (kStage == kHead) return;
     end_product();
-    finish<kStage, false>(w, pass, l, conv, first_row, at.epoch);
+    finish<kStage, false>(w, shape, pass, l, conv, first_row, at.epoch);
+  }
+}
+
+// A product, behind out_proj's scan. kBits: kMixed where the matrix says which integers it has.
+template <int kStage, bool kHeld, int kBits, typename T, int kFamily>
+__device__ __forceinline__ void run_stage(const Worker<T, kFamily>& w, const Pass& pass, const Layer& l, Progress& at,
+                                          Convolution<T>& conv, Best& best) {
+  if constexpr (kStage == kOut) {
+    scan(w, l, at.epoch, at.turn, at.cursor);
+    at.turn ^= 1;
+  }
+  if constexpr (kBits == kMixed) {
+    const int own = kStage == kIn ? l.in_proj_bits : kStage == kOut ? l.out_proj_bits : w.p.head_bits;
+    if (own == 8) run_product<kStage, kHeld, 8>(w, w.plan.wide[kStage], pass, l, at, conv, best);
+    else run_product<kStage, kHeld, 4>(w, w.plan.shapes[kStage], pass, l, at, conv, best);
+  } else {
+    run_product<kStage, kHeld, kBits>(w, w.plan.shapes[kStage], pass, l, at, conv, best);
   }
 }
 

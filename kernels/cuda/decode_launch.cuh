@@ -1,5 +1,5 @@
 // The launch of the whole-stack decode kernel, for weights of the model's type (decode_stack.cu) and integers
-// (decode_packed.cu).
+// (decode_packed.cu, decode_mixed.cu).
 #pragma once
 
 #include "decode_kernel.cuh"
@@ -28,5 +28,6 @@ template <int kBits, typename T> int launch_fused(const Params& p, const Plan& p
 }
 
 int launch_packed(const Params& p, const Plan& plan, cudaStream_t stream);  // integer weights
+int launch_mixed(const Params& p, const Plan& plan, cudaStream_t stream);   // int4, and int8 among it
 
 }  // namespace mamba::decode

@@ -51,13 +51,14 @@ constexpr int kHeldTerms = 52;  // floats from row to row, of which 4 * kWarps a
 // `width` is 64 times the steps of a row: its values, or of integers its bytes.
 inline int segments_of(int width) { return width % 256 == 0 ? 4 : width % 128 == 0 ? 2 : 1; }
 
-// `chunks`: of 64 values, that a warp of a HeldProduct has; 0: none.
-template <typename T> inline Shape shape_of(const Params& p, int most, int width, int shift, int chunks, bool head) {
+// `bits` of integers, 0: none. `chunks`: of 64 values, that a warp of a HeldProduct has; 0: none.
+template <typename T>
+inline Shape shape_of(const Params& p, int bits, int most, int width, int shift, int chunks, bool head) {
   Shape s{};
   s.most = most, s.width = width, s.shift = shift;
   if (sizeof(T) == 2) {
-    if (p.weight_bits) s.packed = packing_of(p, width);
-    const int stepped = p.weight_bits ? integer_bytes(p, width) : width;
+    if (bits) s.packed = packing_of(p, width, bits);
+    const int stepped = bits ? width * bits / 8 : width;
     s.segments = segments_of(stepped);  // few rows: as many pieces as there are; else as few as make a tile fit a slot
     while (s.segments > 1 && most > 16 / s.segments && (16 / s.segments) < (1 << shift)) s.segments /= 2;
     s.steps = stepped / (64 * s.segments);
@@ -90,12 +91,12 @@ struct Plan {
   int x_offset, out_offset;  // where the shares' remainders go: not all to the same blocks
   int slot_bytes, slots;
   int flight;  // slots that a block has under way at most
-  int shift_model, shift_inner;  // log2 of the rows of d_model and of d_inner values in a slot
   int slot_channels;           // channels of dt_proj and A in a slot
   int held;                    // in_proj and out_proj are Shape::held
   int partials;                // floats for partial sums, twice over
   size_t shared_bytes;
   Shape shapes[3];  // of the stages
+  Shape wide[3];    // of those matrices that are int8 in a model of int4
   Carve at;
 
   // Words of the exchange: what x_rows gave, y, hidden, and the best logit of every block.

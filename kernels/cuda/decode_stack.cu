@@ -7,6 +7,40 @@ namespace {
 
 enum Tactic { kChain = 0, kFused = 1 };
 
+int larger(int a, int b) { return a > b ? a : b; }
+int log2_of(int n) {
+  int k = 0;
+  while (2 << k <= n) k++;
+  return k;
+}
+
+// Bytes of a row, and the rows of a slot that fill a tile on tensor cores.
+template <typename T> int row_bytes(const Params& p, int bits, int width) {
+  return bits ? packing_of(p, width, bits).row_bytes : width * int(sizeof(T));
+}
+template <typename T> int least_rows(int bits, int width) {
+  return sizeof(T) == 2 ? 16 / segments_of(bits ? width * bits / 8 : width) : 1;
+}
+
+// Bytes of a slot that suits such matrices; 0: none does. Its rows are a power of two, for tensor cores enough to fill a tile.
+template <typename T> int slot_for(const Params& p, int bits) {
+  const int model = row_bytes<T>(p, bits, p.d_model), inner = row_bytes<T>(p, bits, p.d_inner);
+  const int wanted = sizeof(T) == 2 ? 24576 : 12288;
+  if (sizeof(T) == 2 && !bits && (p.d_model % 64 || p.d_inner % 64)) return 0;
+  const int rows = larger(least_rows<T>(bits, p.d_inner), larger(wanted / inner, 1));
+  const int bytes = larger(inner << log2_of(rows), model * least_rows<T>(bits, p.d_model));
+  return bits && model <= wanted ? larger(bytes, model << log2_of(wanted / model)) : bytes;
+}
+
+// The products of matrices of `bits`.
+template <typename T> void set_shapes(const Params& p, const Plan& plan, int bits, int in_most, int out_most, Shape* shapes) {
+  const int shift_model = log2_of(plan.slot_bytes / row_bytes<T>(p, bits, p.d_model));
+  const int shift_inner = log2_of(plan.slot_bytes / row_bytes<T>(p, bits, p.d_inner));
+  shapes[kIn] = shape_of<T>(p, bits, in_most, p.d_model, shift_model, 1, false);
+  shapes[kOut] = shape_of<T>(p, bits, out_most, p.d_inner, shift_inner, 2, false);
+  shapes[kHead] = shape_of<T>(p, bits, ceil_div(p.vocab_size, plan.blocks), p.d_model, shift_model, 0, true);
+}
+
 template <typename T> bool make_plan(const Params& p, Plan& plan) {
   const int es = sizeof(T), mamba1 = p.family == 1, groups = mamba1 ? 1 : p.ngroups;
   const int dt_width = mamba1 ? p.dt_rank : 0;
@@ -25,37 +59,22 @@ template <typename T> bool make_plan(const Params& p, Plan& plan) {
   plan.x_offset = units % plan.blocks;  // the leftovers of channels, x_rows and out_proj go to different blocks
   plan.out_offset = (plan.blocks - p.d_model % plan.blocks) % plan.blocks;
 
-  int row_model = p.d_model * es, row_inner = p.d_inner * es;
-  if (p.weight_bits) row_model = packing_of(p, p.d_model).row_bytes, row_inner = packing_of(p, p.d_inner).row_bytes;
+  const bool mixed = model_bits(p) == kMixed;
+  plan.slot_bytes = slot_for<T>(p, p.weight_bits);
+  if (!plan.slot_bytes) return false;
+  if (mixed) plan.slot_bytes = larger(plan.slot_bytes, slot_for<T>(p, 8));
   const int row_channel = dt_width * es + p.d_state * 4;
-  auto log2_of = [](int n) {
-    int k = 0;
-    while (2 << k <= n) k++;
-    return k;
-  };
-  // Rows of a slot: a power of two; for tensor cores enough to fill a tile.
-  int least_model = 1, least_inner = 1, wanted = 12288;
-  if (es == 2) {
-    const int model = p.weight_bits ? integer_bytes(p, p.d_model) : p.d_model;
-    const int inner = p.weight_bits ? integer_bytes(p, p.d_inner) : p.d_inner;
-    if (model % 64 || inner % 64) return false;
-    least_model = 16 / segments_of(model), least_inner = 16 / segments_of(inner), wanted = 24576;
-  }
-  auto larger = [](int a, int b) { return a > b ? a : b; };
-  plan.shift_inner = log2_of(larger(least_inner, wanted / row_inner > 1 ? wanted / row_inner : 1));
-  plan.slot_bytes = larger(row_inner << plan.shift_inner, row_model * least_model);
-  if (p.weight_bits && row_model <= wanted) plan.slot_bytes = larger(plan.slot_bytes, row_model << log2_of(wanted / row_model));
-  plan.shift_inner = log2_of(plan.slot_bytes / row_inner);
-  plan.shift_model = log2_of(plan.slot_bytes / row_model);
   plan.slot_channels = mamba1 ? plan.slot_bytes / row_channel / plan.unit * plan.unit : plan.channels_most;
   if (plan.slot_channels < plan.unit) return false;
   const int x_most = ceil_div(plan.x_rows, plan.blocks), out_most = ceil_div(p.d_model, plan.blocks);
   const int in_most = 2 * plan.channels_most + (mamba1 ? 0 : x_most);
-  plan.shapes[kIn] = shape_of<T>(p, in_most, p.d_model, plan.shift_model, 1, false);
-  plan.shapes[kOut] = shape_of<T>(p, out_most, p.d_inner, plan.shift_inner, 2, false);
-  plan.shapes[kHead] = shape_of<T>(p, ceil_div(p.vocab_size, plan.blocks), p.d_model, plan.shift_model, 0, true);
-  plan.held = plan.shapes[kIn].held && plan.shapes[kOut].held;
-  plan.partials = larger(larger(in_most * plan.shapes[kIn].terms, out_most * plan.shapes[kOut].terms), 2 * kWarps);
+  set_shapes<T>(p, plan, p.weight_bits, in_most, out_most, plan.shapes);
+  set_shapes<T>(p, plan, mixed ? 8 : p.weight_bits, in_most, out_most, plan.wide);
+  plan.held = 1, plan.partials = 2 * kWarps;
+  for (const Shape* of : {plan.shapes, plan.wide}) {
+    plan.held = plan.held && of[kIn].held && of[kOut].held;
+    plan.partials = larger(plan.partials, larger(in_most * of[kIn].terms, out_most * of[kOut].terms));
+  }
   if (plan.held) plan.partials = (kHeldRows + 1) * kHeldTerms;
   plan.partials = ceil_div(plan.partials, 4) * 4;
   plan.x_stride = (plan.channels_most * es / 4) | 1;
@@ -164,7 +183,7 @@ extern "C" int mamba_decode_stack(const mamba_decode_stack_params* params, mamba
   const auto s = static_cast<cudaStream_t>(stream);
   const size_t needed = fused ? plan.words() * sizeof(Word) : chain_workspace(p);
   if (!p.workspace || p.workspace_size < needed || !mamba::aligned(p.workspace, 16)) return MAMBA_ERROR_WORKSPACE;
-  if (fused && p.weight_bits) return launch_packed(p, plan, s);
+  if (fused && p.weight_bits) return model_bits(p) == kMixed ? launch_mixed(p, plan, s) : launch_packed(p, plan, s);
   return with_type(p, [&](auto t) {
     return fused ? launch_fused<16, decltype(t)>(p, plan, s) : launch_chain<decltype(t)>(p, s);
   });

@@ -31,16 +31,16 @@ follows, since ONNX Runtime finds no overload of a function from within another.
 
 
 def step_format(model: QuantizedModel | None) -> Format | None:
-    """The one format of the matrices that a fused step takes packed; None where they are all float.
+    """The format of a model with the matrices that a fused step takes packed; None where they are all float.
 
     Raises:
-        KernelError: they have several, or one that the kernels lack.
+        KernelError: the kernels lack that of a matrix.
     """
     from mamba_export.kernels.packed_weights import common_format, format_of
 
     linears = {} if model is None else model.linears
-    found = [linear.weight for name, linear in linears.items() if name.endswith(PACKABLE)]
-    return common_format([(format_of(matrix), matrix.columns) for matrix in found]) if found else None
+    found = [format_of(linear.weight) for name, linear in linears.items() if name.endswith(PACKABLE)]
+    return common_format(found) if found else None
 
 
 class PackedQuantizePass(QuantizePass):
@@ -66,18 +66,21 @@ class PackedQuantizePass(QuantizePass):
         if not name.endswith(PACKABLE):
             self.fills[name] = functools.partial(self._floats, matrix)
             return self.graph.initializers[name]
-        from mamba_export.kernels.packed_weights import pack, row_bytes
+        from mamba_export.kernels.packed_weights import format_of, pack, row_bytes, told_apart, within
 
-        assert self.form is not None
-        rows, words = len(matrix.values), row_bytes(self.form, matrix.columns) // 4
+        form, rows, columns = self.form, len(matrix.values), matrix.columns
+        assert form is not None
+        own = within(form, format_of(matrix).bits)
+        assert own == form or told_apart(form, columns), f"rows of {columns} int8 are as long as those of int4"
+        words = row_bytes(own, columns) // 4
 
         def fill() -> Tensor:
-            packed: Tensor = pack(matrix, self.torch_dtype)
+            packed: Tensor = pack(matrix, self.torch_dtype, form=form)
             return packed.reshape(-1)
 
         packed = self._initializer(packed_name(name), ir.DataType.INT32, (rows, words), fill)
-        (y,) = op.node(self._function(rows, words, matrix.columns), [packed], 1, DOMAIN, {})
-        y.type, y.shape = ir.TensorType(self.float_type), ir.Shape([rows, matrix.columns])
+        (y,) = op.node(self._function(own, rows, words, columns), [packed], 1, DOMAIN, {})
+        y.type, y.shape = ir.TensorType(self.float_type), ir.Shape([rows, columns])
         return y
 
     def _lookup(self, node: ir.Node, index: int) -> None:
@@ -88,15 +91,14 @@ class PackedQuantizePass(QuantizePass):
     def _floats(self, matrix: Matrix) -> Tensor:
         return matrix.dequantize().to(self.torch_dtype).reshape(-1).view(torch.uint8)
 
-    def _function(self, rows: int, words: int, columns: int) -> str:
+    def _function(self, form: Format, rows: int, words: int, columns: int) -> str:
         """The function for such matrices, made when it is first needed."""
-        assert self.form is not None
-        name = f"{UNPACK}_{rows}x{columns}"
+        name = f"{UNPACK}_{rows}x{columns}_int{form.bits}"
         key = (DOMAIN, name, "")
         if key not in self.functions:
             given = ir.Value(name="in_0", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([rows, words]))
             op = Builder(f"{name}/")
-            result = unpack_rows(op, given, self.form, columns, self.float_type)
+            result = unpack_rows(op, given, form, columns, self.float_type)
             graph = ir.Graph([given], [result], nodes=op.nodes, opset_imports={"": OPSET}, name=name)
             self.functions[key] = ir.Function(DOMAIN, name, "", graph=graph, attributes=[])
         return name

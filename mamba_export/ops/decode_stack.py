@@ -4,7 +4,8 @@ Inputs: input_ids [B, 1]; then, variadic, the states in the order of the state t
 head, and of every layer the parameters that :data:`mamba_export.fused_step.PARAMETERS` lists. Outputs: logits
 [B, 1, vocab], then the present states.
 With ``weight_bits`` in_proj, out_proj and the head are int32 [rows, words of a row]: the rows of decode_stack.h, packed
-by kernels/packed_weights.py, whose scales have the type of the other parameters, float16 or bfloat16.
+by kernels/packed_weights.py, whose scales have the type of the other parameters, float16 or bfloat16. Where it is 4, a
+matrix whose rows are as long as those of int8 is int8.
 Unlike the other ops it is not traced: :class:`mamba_export.graph.fuse.FuseStepPass` makes it from a step graph, whose
 nodes become its function body. The kernels behind it are decode_stack of kernels/cuda; their adapters read the inputs
 in this order too (kernels/cuda/include/mamba/decode_stack_operands.h).
@@ -137,10 +138,11 @@ def _matrix(weight: Tensor, x: Tensor, attributes: dict[str, Any]) -> Tensor:
     """The weight [out, in] of a product with ``x`` [..., in], unpacked if it is packed."""
     if not attributes.get("weight_bits", 0):
         return weight
-    from mamba_export.kernels.packed_weights import Format, unpack
+    from mamba_export.kernels.packed_weights import Format, format_by_length, unpack
 
+    rows, columns = weight.contiguous().view(torch.uint8), x.shape[-1]
     form = Format(attributes["weight_bits"], attributes["group_size"], False)
-    matrix: Tensor = unpack(weight.contiguous().view(torch.uint8), form, x.shape[-1], x.dtype)
+    matrix: Tensor = unpack(rows, format_by_length(form, columns, rows.shape[1]), columns, x.dtype)
     return matrix
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,15 @@ FORMATS = {
 }
 
 
-def quantized(weights: dict[str, Any], form: Format) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The weights with integers where they can be, the head apart from the embedding; and what they stand for."""
+def quantized(weights: dict[str, Any], form: Format, wide: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """The weights with integers where they can be, the head apart from the embedding; and what they stand for.
+
+    Matrices whose names match ``wide`` are int8 whatever ``form`` is.
+    """
     heads = {"lm_head.weight": weights.get("lm_head.weight", weights["backbone.embedding.weight"])}
     names = [n for n in (*weights, *heads) if n.endswith(("in_proj.weight", "out_proj.weight", "lm_head.weight"))]
-    matrices = {name: round_to((weights | heads)[name], form) for name in names}
+    kinds = {name: FORMATS["int8"] if wide and re.search(wide, name) else form for name in names}
+    matrices = {name: round_to((weights | heads)[name], kinds[name]) for name in names}
     return {**weights, **matrices}, weights | {name: m.dequantize() for name, m in matrices.items()}
 
 
@@ -168,9 +173,12 @@ def run_stack(stack: DecodeStack, ids: Any, tactic: Any) -> list[Any]:
     "name", ["768", "2560", "untied", "narrow residual", "mamba2 384", "mamba2 2560", "mamba2 groups"]
 )
 def test_integers_match_float64(name: str, form: str, dtype: str) -> None:
-    """Against the model of the weights that the integers stand for; and fused against the chain."""
-    spec = SPECS[name]
-    mixed, weights = quantized(weights_of(spec, dtype, seed=len(name)), FORMATS[form])
+    check_integers(name, quantized(weights_of(SPECS[name], dtype, seed=len(name)), FORMATS[form]), dtype)
+
+
+def check_integers(name: str, pair: tuple[dict[str, Any], dict[str, Any]], dtype: str) -> None:
+    """Both kernels against the model of the weights that the integers stand for."""
+    spec, (mixed, weights) = SPECS[name], pair
     ids = torch.randint(spec.vocab_size, (6, 1), generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     exact, rounded = (run_torch(spec, weights, d, ids) for d in ("fp64", dtype))
     allowed = [max(DTYPES[dtype], 3 * error(r, e)) for r, e in zip(rounded, exact, strict=True)]
@@ -179,6 +187,16 @@ def test_integers_match_float64(name: str, form: str, dtype: str) -> None:
     for tactic in stack.covers():
         found = [error(o, e) for o, e in zip(run_stack(stack, ids, tactic), exact, strict=True)]
         assert all(f < a for f, a in zip(found, allowed, strict=True)), (tactic, found, allowed)
+
+
+WIDE = r"lm_head|layers\.0\.mixer\.in_proj|layers\.1\.mixer\.out_proj"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("form", ["int4 32 zeros", "int4 128"])
+@pytest.mark.parametrize("name", ["768", "2560", "untied", "mamba2 384", "mamba2 2560"])
+def test_int8_among_int4_matches_float64(name: str, form: str, dtype: str) -> None:
+    check_integers(name, quantized(weights_of(SPECS[name], dtype, seed=len(name)), FORMATS[form], WIDE), dtype)
 
 
 @pytest.mark.parametrize("name", ["768", "2560", "mamba2 384"])
@@ -201,10 +219,6 @@ def test_integers_that_there_are_not() -> None:
     mixed, _ = quantized(weights, FORMATS["int8"])
     with pytest.raises(KernelError):
         DecodeStack(spec, {**mixed, "lm_head.weight": weights["backbone.embedding.weight"]})
-    with pytest.raises(KernelError):
-        DecodeStack(
-            spec, {**mixed, "lm_head.weight": round_to(weights["backbone.embedding.weight"], Format(8, 64, False))}
-        )
     with pytest.raises(KernelError):
         DecodeStack(spec, {**mixed, "backbone.layers.0.mixer.x_proj.weight": mixed["lm_head.weight"]})
     wide = {name: w.float() if hasattr(w, "data_ptr") else w for name, w in mixed.items()}

@@ -13,13 +13,14 @@ import onnxruntime
 import pytest
 import torch
 from mamba_export.calibration.recipes import load_recipe
-from mamba_export.kernels.packed_weights import Format, row_bytes, unpack
+from mamba_export.kernels.packed_weights import Format, row_bytes, unpack, within
 
 from mamba_export import Bundle, quantize
 from mamba_export.errors import UsageError
 from mamba_export.fused_step import OP_TYPE, PACKABLE, parameter_names
 from mamba_export.graph.lower import for_stock_runtime
 from mamba_export.ops.decode_stack import decode_stack_reference
+from mamba_export.quantized import HEAD
 from mamba_export.runtime import OrtRunner
 from tests.cli.refusal import check_message
 from tests.conftest import Cli
@@ -27,9 +28,9 @@ from tests.make_checkpoints import make_statespaces
 from tests.models.traced import traced_once
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
-    "mamba1": {"d_model": 128, "vocab_size": 51},
+    "mamba1": {"d_model": 256, "vocab_size": 51},
     "mamba2": {
-        "d_model": 128,
+        "d_model": 256,
         "tie_embeddings": False,
         "ssm_cfg": {"layer": "Mamba2", "d_state": 8, "headdim": 32, "ngroups": 1},
     },
@@ -39,15 +40,19 @@ RECIPES = {
     "groups": "weights: {type: int8, group: 64}\nhead: {type: int8, group: 64}\n",
     "w4": "weights: {type: int4, group: 32, scales: mse}\nhead: {type: int4, group: 32}\nembedding: {type: int8}\n"
     "layers:\n  '*.dt_proj': {weights: {type: int8}}\n",
+    "mixed": "weights: {type: int4, group: 64}\nhead: {type: int8}\n"
+    "layers:\n  '*.1.mixer.in_proj': {weights: {type: int8, group: channel}}\n"
+    "  '*.0.mixer.out_proj': {weights: {type: int8, group: 128}}\n",
     "w4 rows": "weights: {type: int4}\nhead: {type: int4}\n",
 }
 FORMS = {
     "w8a16": Format(8, 0, False),
     "groups": Format(8, 64, False),
     "w4": Format(4, 32, False),
+    "mixed": Format(4, 64, False),
     "w4 rows": Format(4, 0, False),
 }
-CASES = [(model, recipe, dtype) for model in CHECKPOINTS for recipe, dtype in zip(RECIPES, ("fp16", "bf16") * 2)]  # noqa: B905
+CASES = [(model, recipe, dtype) for model in CHECKPOINTS for recipe, dtype in zip(RECIPES, ("fp16", "bf16") * 3)]  # noqa: B905
 by_case = pytest.mark.parametrize(("model", "recipe", "dtype"), CASES)
 TOLERANCE = {"fp16": 3e-3, "bf16": 2e-2}
 BundleOf = Callable[[str, str, str, bool], Bundle]
@@ -101,6 +106,13 @@ def node_of(bundle: Bundle) -> onnx.NodeProto:
     return node
 
 
+def wide(name: str, recipe: str) -> bool:
+    """Whether a matrix is int8 in a model of int4."""
+    return recipe == "mixed" and name.endswith(
+        ("layers.1.mixer.in_proj.weight", "layers.0.mixer.out_proj.weight", HEAD)
+    )
+
+
 @by_case
 def test_the_node_takes_packed_rows_of_the_unfused_integers(
     model: str, recipe: str, dtype: str, bundle_of: BundleOf
@@ -122,8 +134,9 @@ def test_the_node_takes_packed_rows_of_the_unfused_integers(
             continue
         assert name.endswith(PACKABLE)
         wanted, rows = dequantized(unfused, stored, kind), found[f"{name}.packed"]
-        assert rows.dtype == torch.int32 and rows.shape[1] * 4 == row_bytes(form, wanted.shape[1])
-        assert torch.equal(unpack(rows.view(torch.uint8), form, wanted.shape[1], kind), wanted), name
+        own = within(form, 4 if form.bits == 4 and not wide(name, recipe) else 8)
+        assert rows.dtype == torch.int32 and rows.shape[1] * 4 == row_bytes(own, wanted.shape[1])
+        assert torch.equal(unpack(rows.view(torch.uint8), own, wanted.shape[1], kind), wanted), name
 
 
 @by_case
@@ -167,9 +180,10 @@ REFUSALS = {
     "state": ("extends: w8a16\nstate: int8", "no int8 state"),
     "small groups": ("weights: {type: int4, group: 16}\nhead: {type: int4, group: 16}", "no groups of 16 values"),
     "some float": ("extends: w8a16\nhead: {type: float}", "head is float, layers.0.in_proj is not"),
-    "two groups": (
-        "weights: {type: int4, group: 32}\nhead: {type: int4, group: 64}",
-        "head in int4 by groups of 64 and layers.0.in_proj in int4 by groups of 32",
+    "rows alike": ("weights: {type: int4, group: 128}\nhead: {type: int8}", r"int8 rows of 128 values .*\(head of"),
+    "may be promoted": (
+        "extends: w4a16\nhead: {type: int4}\nembedding: {type: int8}",
+        r"int8 rows of 128 values .*\(layers.0.in_proj of",
     ),
 }
 
@@ -193,10 +207,11 @@ def test_what_the_kernels_do_not_hold_is_refused_before_any_work(case: str, tmp_
 
 
 def test_narrow_models_and_float32_are_refused(tmp_path: Path) -> None:
-    narrow = make_statespaces(tmp_path / "narrow", d_model=96)
-    with pytest.raises(UsageError, match="no rows of 96 int8") as caught:
-        quantize(narrow, tmp_path / "out", recipe="w8a16", fuse_step=True)
-    assert caught.value.hint == "widths are multiples of 64"
+    for width, recipe, message in ((96, "w8a16", "no rows of 96 int8"), (192, "w4a16", "no rows of 192 ")):
+        narrow = make_statespaces(tmp_path / f"{width}", d_model=width)
+        with pytest.raises(UsageError, match=message) as caught:
+            quantize(narrow, tmp_path / "out", recipe=recipe, fuse_step=True, calibration=None)
+        assert "widths are multiples of" in str(caught.value.hint)
     ckpt = make_statespaces(tmp_path / "model", d_model=128)
     with pytest.raises(UsageError, match="no fp32"):
         quantize(ckpt, tmp_path / "out", recipe="w8a16", dtype="fp32", fuse_step=True)
@@ -216,16 +231,16 @@ def test_the_command_line(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["w8a16", "w4a16-pure"])
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16"])
 @pytest.mark.parametrize("model", ["mamba1-tiny", "mamba1-small", "mamba2-small"])
 def test_trained_checkpoints_say_what_the_unfused_bundle_says(
     model: str, recipe: str, shared_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Greedy text of the golden prompts, token by token; int4 rounded to nearest, which needs no calibration."""
     ckpt, file = shared_checkpoint(model), tmp_path / f"{recipe}.yaml"
-    extra = "weights: {method: rtn}\nsmooth: 0\n" if recipe == "w4a16-pure" else ""
+    extra = "weights: {method: rtn}\nsmooth: 0\npromote: {bits: 0}\n" if recipe == "w4a16" else ""
     file.write_text(f"extends: {recipe}\n{extra}")
-    if recipe == "w4a16-pure" and model == "mamba1-tiny":  # 192 wide
+    if recipe == "w4a16" and model == "mamba1-tiny":  # 192 wide
         with pytest.raises(UsageError, match="no rows of 192 int4"):
             quantize(ckpt, tmp_path / "out", recipe=file, fuse_step=True)
         return

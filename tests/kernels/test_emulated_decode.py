@@ -105,7 +105,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     (folder / "decode_launch.cuh").write_text(text)
     text = (SOURCES / "decode_stack.cu").read_text()
     text = text.replace('#include "decode_chain.cuh"', '#include <algorithm>\n#include "decode_chain.cuh"')
-    text += (SOURCES / "decode_packed.cu").read_text()
+    text += "".join((SOURCES / f"decode_{kind}.cu").read_text() for kind in ("packed", "mixed"))
     text += """
 static int emulated_blocks = 1;
 static size_t emulated_shared = 0;
@@ -151,19 +151,33 @@ def mamba2(d_model: int, **changes: Any) -> ModelSpec:
     )  # fmt: skip
 
 
-def quantized(weights: dict[str, torch.Tensor], form: Format) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The weights with integers where they can be, the head apart from the embedding; and what they stand for."""
+def quantized(
+    weights: dict[str, torch.Tensor], form: Format, wide: str = ""
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The weights with integers where they can be, the head apart from the embedding; and what they stand for.
+
+    Matrices whose names match ``wide`` are int8 whatever ``form`` is, with a scale a row.
+    """
     heads = {"lm_head.weight": weights.get("lm_head.weight", weights["backbone.embedding.weight"])}
     names = [n for n in (*weights, *heads) if n.endswith(("in_proj.weight", "out_proj.weight", "lm_head.weight"))]
-    matrices = {name: round_to((weights | heads)[name], form) for name in names}
+    matrices = {
+        name: round_to((weights | heads)[name], INT8 if wide and re.search(wide, name) else form) for name in names
+    }
     return {**weights, **matrices}, weights | {name: m.dequantize() for name, m in matrices.items()}
 
 
 INT8, INT8_128 = Format(8, 0, False), Format(8, 128, False)
 INT4_32, INT4_64, INT4_128 = (Format(4, group, False) for group in (32, 64, 128))
 INT4_32_ZEROS, INT4_128_ZEROS = Format(4, 32, True), Format(4, 128, True)
-# model, dtype, blocks, kB of shared memory, how integers are stored
-INTEGER_CASES = {
+# model, dtype, blocks, kB of shared memory, how integers are stored, and which matrices of int4 models are int8
+INTEGER_CASES: dict[str, tuple[Any, ...]] = {
+    "mamba1 mixed": (mamba1(128), "bf16", 3, 160, INT4_64, r"0\.mixer\.in_proj|1\.mixer\.out_proj|lm_head"),
+    "mamba1 mixed held": (
+        mamba1(128, d_inner=128), "fp16", 8, 160, INT4_32_ZEROS, r"0\.mixer\.out_proj|1\.mixer\.in_proj",
+    ),
+    "mamba2 mixed pieces": (
+        mamba2(128, n_layer=1, d_inner=4096, nheads=64, headdim=64, d_state=8), "bf16", 3, 227, INT4_128, "out_proj",
+    ),
     "mamba1 int8": (mamba1(64), "bf16", 3, 96, INT8),
     "mamba1 int8 held": (mamba1(64, d_inner=64), "fp16", 4, 96, Format(8, 32, False)),
     "mamba2 int8 pieces": (
@@ -239,7 +253,7 @@ def test_matches_float64_in_any_order(case: str, built: ctypes.CDLL, monkeypatch
     weights = weights_of(spec, dtype)
     mixed: Any = weights
     if form:
-        mixed, weights = quantized(weights, form[0])
+        mixed, weights = quantized(weights, *form)
     stack = DecodeStack(spec, mixed)
     prompt = [5, 7]
     expected = run_torch(spec, weights, prompt)

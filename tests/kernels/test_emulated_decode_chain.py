@@ -136,6 +136,8 @@ CASES: dict[str, tuple[Any, ...]] = {
         mamba2(384, n_layer=1, d_inner=1152, headdim=64, nheads=18), "fp16", 1, 4, 99, INT4_32_ZEROS,
     ),
     "mamba2 int4": (mamba2(128, n_layer=1, d_inner=256), "fp16", 2, 3, 99, INT4_128),
+    "mamba1 mixed": (mamba1(128), "bf16", 1, 3, 99, INT4_64, r"0\.mixer\.in_proj|1\.mixer\.out_proj|lm_head"),
+    "mamba2 mixed": (mamba2(128, n_layer=2), "fp16", 2, 3, 99, INT4_128, r"1\.mixer\.in_proj|0\.mixer\.out_proj"),
 }  # fmt: skip
 
 
@@ -153,7 +155,7 @@ def test_matches_float64(case: str, built: ctypes.CDLL, monkeypatch: pytest.Monk
     weights = weights_of(spec, dtype)
     mixed: Any = weights
     if form:
-        mixed, weights = quantized(weights, form[0])
+        mixed, weights = quantized(weights, *form)
     stack = DecodeStack(spec, mixed, batch=rows)
     prompts = [[5, 7, 2], [9, 60, 3]][:rows]
     logits = [stack.step(torch.tensor(tokens), tactic="chain").clone() for tokens in zip(*prompts, strict=True)]

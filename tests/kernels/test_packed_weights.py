@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from kernels.library import KernelError
-from kernels.packed_weights import Format, common_format, format_of, pack, round_to, row_bytes, unpack
+from kernels.packed_weights import (
+    Format,
+    common_format,
+    format_by_length,
+    format_of,
+    pack,
+    round_to,
+    row_bytes,
+    told_apart,
+    unpack,
+    within,
+)
 from mamba_export.quantized import Matrix
 
 ORDER8, ORDER4 = (0, 2, 1, 3, 4, 6, 5, 7), (0, 2, 4, 6, 1, 3, 5, 7)
@@ -54,17 +65,17 @@ def test_a_row_is_what_the_header_says(form: Format, dtype: torch.dtype) -> None
         assert not bytes_of_row[at + (4 if form.zeros else 2) * groups :].any()
 
 
-def common(*matrices: Matrix) -> Format:
-    return common_format([(format_of(matrix), matrix.columns) for matrix in matrices])
-
-
-def test_one_format_for_all() -> None:
-    narrow, wide = torch.randn(2, 128), torch.randn(2, 256)
-    groups = Format(8, 128, False)
-    assert common(round_to(narrow, groups), round_to(wide, groups)) == groups
-    for others in ([Format(8, 0, False)], [Format(4, 128, False)], [Format(8, 64, False)]):
-        with pytest.raises(KernelError):
-            common(round_to(narrow, groups), round_to(wide, groups), *(round_to(wide, form) for form in others))
+def test_matrices_keep_their_values_in_the_format_of_a_model() -> None:
+    """int8 among int4, larger groups among smaller ones, no zero points among some."""
+    wide, finer, zeros = Format(8, 0, False), Format(4, 64, False), Format(4, 128, True)
+    model = common_format([wide, finer, zeros])
+    assert model == Format(4, 64, True) and common_format([wide, wide]) == wide
+    for form in (wide, finer, zeros, Format(4, 0, False)):
+        matrix = round_to(torch.randn(3, 384, generator=torch.Generator().manual_seed(2)).half(), form)
+        packed, own = pack(matrix, torch.float16, form=model), within(model, form.bits)
+        assert packed.shape[1] == row_bytes(own, 384) and own == format_by_length(model, 384, packed.shape[1])
+        assert torch.equal(unpack(packed, own, 384, torch.float16), matrix.dequantize().half())
+    assert told_apart(model, 384) and not told_apart(Format(4, 128, False), 128) and told_apart(wide, 128)
 
 
 def test_what_kernels_do_not_have() -> None:

@@ -167,9 +167,10 @@ void Stack::read_inputs(const OrtKernelInfo* info) {
   Sizes sizes;
   for (std::size_t i = 0; i < inputs; ++i) read_input(info, (i + weights) % inputs, &sizes);
   const auto words = [&](std::size_t i) { return declared(api_, info, i).dims.back(); };
-  for (const std::string& wrong : {stack::relations(params_, sizes), stack::packed_rows(params_, sizes, words)}) {
-    if (!wrong.empty()) throw Error(wrong);
-  }
+  std::string wrong = stack::relations(params_, sizes);
+  layers_.resize(static_cast<std::size_t>(params_.n_layer));
+  if (wrong.empty()) wrong = stack::set_bits(&params_, layers_.data(), sizes, words);
+  if (!wrong.empty()) throw Error(wrong);
   for (std::size_t i = 1; i < weights; ++i) {
     Dims dims;
     for (const char* letter = operands_[i].shape + 1; *letter != '\0'; ++letter) dims.push_back(sizes.of(*letter));
@@ -203,7 +204,7 @@ void Stack::find_kernel(const Sizes& sizes) {
   stack::set_sizes(&params_, sizes);
   mamba_decode_stack_params one = params_;
   one.batch = 1;
-  std::vector<mamba_decode_layer> layers(static_cast<std::size_t>(one.n_layer));
+  std::vector<mamba_decode_layer> layers = layers_;
   const std::vector<const void*> in(operands_.size(), kStandIn);
   const std::vector<void*> out(stack::first_weight(one.n_layer), kStandIn);
   stack::bind(&one, layers.data(), in.data(), out.data());
@@ -245,7 +246,7 @@ void Stack::compute(const Context& context) const {
     if (i <= states_.size()) out.push_back(context.output(i, state_dims(context, i, batch)));
     in.push_back(context.data(i));
   }
-  std::vector<mamba_decode_layer> layers(static_cast<std::size_t>(p.n_layer));
+  std::vector<mamba_decode_layer> layers = layers_;
   stack::bind(&p, layers.data(), in.data(), out.data());
   p.workspace_size = mamba_decode_stack_workspace(&p);
   const Workspace memory(context, p.workspace_size);

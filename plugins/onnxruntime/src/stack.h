@@ -39,6 +39,7 @@ class Stack {
   const OrtApi& api_;
   std::string name_;
   mamba_decode_stack_params params_{};
+  std::vector<mamba_decode_layer> layers_;  // without pointers
   std::vector<stack::Operand> operands_;
   std::vector<Dims> states_;  // without the batch
 };

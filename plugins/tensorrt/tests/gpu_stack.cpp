@@ -24,6 +24,8 @@ struct Model {
   const char* name;
   int64_t layers, d_model, d_inner, d_state, d_conv, dt_rank, heads, groups, vocab, rows;
   bool fused, wide_residual, tied;
+  int bits = 0, group = 0;  // of packed integers
+  bool mixed = false;       // of 4 bits: the head and layer 1 are int8
 };
 
 struct Node {
@@ -55,10 +57,26 @@ struct Node {
     }
   }
   DataType type_of(stack::Kind kind) const {
+    if (kind == stack::Kind::kPacked) return DataType::kINT32;
     return kind == stack::Kind::kIds ? DataType::kINT64 : kind == stack::Kind::kModel ? type : DataType::kFLOAT;
   }
   std::vector<stack::Operand> operands() const {
-    return stack::inputs(mamba1() ? 1 : 2, static_cast<int>(m.layers), 0);
+    return stack::inputs(mamba1() ? 1 : 2, static_cast<int>(m.layers), m.bits);
+  }
+  int bits(const stack::Operand& operand) const {
+    const bool wide = operand.name == "lm_head" || operand.name.find("layers.1.") == 0;
+    return m.mixed && wide ? 8 : m.bits;
+  }
+  int32_t columns(const stack::Operand& operand) const { return static_cast<int32_t>(size(operand.columns)); }
+  int32_t scales(const stack::Operand& operand) const {
+    return m.group ? (columns(operand) + m.group - 1) / m.group : 1;
+  }
+  int64_t words(const stack::Operand& operand) const {
+    return mamba_decode_row_bytes(bits(operand), columns(operand), scales(operand)) / 4;
+  }
+  int32_t dtype() const { return type == DataType::kFLOAT ? MAMBA_F32 : type == DataType::kHALF ? MAMBA_F16 : MAMBA_BF16; }
+  std::vector<char> random_rows(const stack::Operand& operand, unsigned seed) const {
+    return random_packed(bits(operand), size(operand.shape[0]), columns(operand), scales(operand), dtype(), seed);
   }
   size_t states() const { return stack::first_weight(static_cast<int>(m.layers)) - 1; }
 
@@ -66,7 +84,8 @@ struct Node {
     std::vector<PluginTensorDesc> all;
     for (const stack::Operand& operand : operands()) {
       std::vector<int64_t> dims;
-      for (const char* letter = operand.shape; *letter; letter++) dims.push_back(size(*letter));
+      for (const char* letter = operand.shape; *letter; letter++)
+        dims.push_back(*letter == '*' ? words(operand) : size(*letter));
       PluginTensorDesc desc{};
       desc.type = type_of(operand.kind), desc.format = TensorFormat::kLINEAR, desc.dims = dims_of(dims);
       all.push_back(desc);
@@ -79,9 +98,11 @@ struct Node {
   }
 
   std::unique_ptr<IPluginV3> make_plugin(const Library& library) const {
-    const char* names[] = {"family", "n_layer", "dt_rank", "nheads", "ngroups", "vocab_size", "residual_in_fp32"};
-    const int64_t wide[] = {mamba1() ? 1 : 2, m.layers, m.dt_rank, mamba1() ? 0 : m.heads, m.groups, m.vocab, m.wide_residual};
-    std::array<int32_t, 7> values;
+    const char* names[] = {"family",     "n_layer",          "dt_rank",     "nheads",    "ngroups",
+                           "vocab_size", "residual_in_fp32", "weight_bits", "group_size"};
+    const int64_t wide[] = {mamba1() ? 1 : 2, m.layers,        m.dt_rank, mamba1() ? 0 : m.heads, m.groups,
+                            m.vocab,          m.wide_residual, m.bits,    m.group};
+    std::array<int32_t, 9> values;
     std::vector<PluginField> fields;
     for (size_t i = 0; i < values.size(); i++) {
       values[i] = static_cast<int32_t>(wide[i]);
@@ -141,7 +162,9 @@ class Run {
     for (size_t i = 0; i < operands.size(); i++) {
       const bool tied = node.m.tied && operands[i].name == "lm_head";
       const char* name = tied ? "embedding" : operands[i].name.c_str();
-      host_.push_back(random_input(name, descs_[i], node.m.vocab, static_cast<unsigned>(tied ? i - 2 : i) + 1));
+      const unsigned seed = static_cast<unsigned>(tied ? i - 2 : i) + 1;
+      const bool packed = operands[i].kind == stack::Kind::kPacked;
+      host_.push_back(packed ? node.random_rows(operands[i], seed) : random_input(name, descs_[i], node.m.vocab, seed));
       inputs_.emplace_back(host_.back().size());
       inputs_.back().upload(host_.back().data());
       in_.push_back(tied ? in_[i - 2] : inputs_.back().data());
@@ -218,12 +241,14 @@ class Run {
     mamba_decode_stack_params p{};
     const Model& m = node_.m;
     const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
-    p.dtype = node_.type == DataType::kFLOAT ? MAMBA_F32 : node_.type == DataType::kHALF ? MAMBA_F16 : MAMBA_BF16;
+    p.dtype = node_.dtype(), p.weight_bits = m.bits, p.group_size = m.group;
     p.family = node_.mamba1() ? 1 : 2, p.batch = narrow(node_.batch), p.n_layer = narrow(m.layers);
     p.d_model = narrow(m.d_model), p.d_inner = narrow(m.d_inner), p.d_state = narrow(m.d_state), p.d_conv = narrow(m.d_conv);
     p.dt_rank = narrow(m.dt_rank), p.vocab_size = narrow(m.vocab), p.nheads = narrow(m.heads), p.ngroups = narrow(m.groups);
     p.residual_fp32 = m.wide_residual, p.norm_eps = p.gated_norm_eps = 1e-5F;
     std::vector<mamba_decode_layer> layers(static_cast<size_t>(m.layers));
+    const std::vector<stack::Operand> operands = node_.operands();
+    stack::set_bits(&p, layers.data(), *this, [&](size_t i) { return node_.words(operands[i]); });
     stack::bind(&p, layers.data(), in.data(), to.data());
     for (int step = 0; step < steps; step++) reference_stack(p);
     return out;
@@ -240,6 +265,7 @@ class Run {
     }
   }
 
+  int64_t operator[](char letter) const { return node_.size(letter); }  // for set_bits
   const std::vector<const void*>& in() const { return in_; }
   void* workspace() const { return workspace_->data(); }
   cudaStream_t stream() const { return stream_; }
@@ -342,13 +368,17 @@ void walk_stacks(const Library& library, bool quick) {
       {"narrow residual", 3, 128, 256, 16, 3, 8, 1, 1, 300, 300, true, false, false},
       {"odd", 2, 36, 52, 5, 5, 3, 1, 1, 61, 64, false, true, true},  // the chain alone
       {"mamba2 groups", 2, 256, 512, 64, 4, 0, 16, 4, 300, 300, true, true, false},
-      {"mamba2 odd", 2, 36, 52, 20, 5, 0, 4, 1, 61, 64, false, true, true}};
+      {"mamba2 odd", 2, 36, 52, 20, 5, 0, 4, 1, 61, 64, false, true, true},
+      {"int8", 2, 128, 256, 16, 4, 8, 1, 1, 300, 300, true, true, false, 8},
+      {"int4 in 64", 2, 256, 512, 16, 4, 16, 1, 1, 300, 300, true, true, false, 4, 64},
+      {"mamba2 int4 in 128, int8", 3, 256, 512, 64, 4, 0, 16, 4, 300, 300, true, true, false, 4, 128, true}};
   if (!quick) {
     models.push_back({"768", 2, 768, 1536, 16, 4, 48, 1, 1, 997, 1000, true, true, true});
     models.push_back({"mamba2 384", 3, 384, 768, 128, 4, 0, 12, 1, 300, 300, true, true, true});
   }
   for (const DataType type : {DataType::kFLOAT, DataType::kHALF, DataType::kBF16}) {
     for (const Model& model : models) {
+      if (model.bits && type == DataType::kFLOAT) continue;  // there are none
       walk_node(library, {model, type, 1});
       if (model.d_model < 300) walk_node(library, {model, type, 3});
     }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <random>
 #include <vector>
 
 namespace plugin_tests {
@@ -57,16 +58,16 @@ Vector product(const void* weight, int32_t dtype, int64_t rows, const Vector& x)
   return y;
 }
 
-// A row of packed integers as decode_stack.h describes it.
-Vector packed_row(const Params& p, const unsigned char* row, int64_t width) {
+// A row of packed integers of `bits` as decode_stack.h describes it.
+Vector packed_row(const Params& p, int bits, const unsigned char* row, int64_t width) {
   static const int places[2][8] = {{0, 2, 1, 3, 4, 6, 5, 7}, {0, 2, 4, 6, 1, 3, 5, 7}};
-  const int64_t group = p.group_size ? p.group_size : width, integers = width * p.weight_bits / 8;
-  const int* place = places[p.weight_bits == 4];
+  const int64_t group = p.group_size ? p.group_size : width, integers = width * bits / 8;
+  const int* place = places[bits == 4];
   Vector values(static_cast<size_t>(width));
   for (int64_t at = 0; at < integers; at++) {
     const int64_t unit = at / 64, lane = at % 64 / 16, i = at % 16;
-    for (int64_t part = 0; part < 8 / p.weight_bits; part++) {
-      const bool bytes = p.weight_bits == 8;
+    for (int64_t part = 0; part < 8 / bits; part++) {
+      const bool bytes = bits == 8;
       const int64_t value = bytes ? unit * 64 + i / 8 * 32 + lane * 8 + place[i % 8]
                                   : unit * 128 + i / 4 * 32 + lane * 8 + place[i % 4 * 2 + part];
       const int q = bytes ? static_cast<signed char>(row[at]) : (row[at] >> 4 * part & 15) - 8;
@@ -76,15 +77,16 @@ Vector packed_row(const Params& p, const unsigned char* row, int64_t width) {
   return values;
 }
 
-// The product of in_proj, out_proj or the head.
-Vector large_product(const Params& p, const void* weight, int64_t rows, const Vector& x) {
+// The product of in_proj, out_proj or the head; `own`: its own bits.
+Vector large_product(const Params& p, int own, const void* weight, int64_t rows, const Vector& x) {
   if (p.weight_bits == 0) return product(weight, p.dtype, rows, x);
   const auto width = static_cast<int32_t>(x.size());
   const int32_t scales = p.group_size ? (width + p.group_size - 1) / p.group_size : 1;
-  const int64_t bytes = mamba_decode_row_bytes(p.weight_bits, width, scales);
+  const int bits = own ? own : p.weight_bits;
+  const int64_t bytes = mamba_decode_row_bytes(bits, width, scales);
   Vector y(static_cast<size_t>(rows));
   for (int64_t r = 0; r < rows; r++) {
-    const Vector row = packed_row(p, static_cast<const unsigned char*>(weight) + r * bytes, width);
+    const Vector row = packed_row(p, bits, static_cast<const unsigned char*>(weight) + r * bytes, width);
     for (size_t i = 0; i < x.size(); i++) y[static_cast<size_t>(r)] += row[i] * x[i];
   }
   return y;
@@ -129,7 +131,7 @@ double scan(const Params& p, const Layer& l, int64_t row, int64_t channel, doubl
 
 Vector mamba1(const Params& p, const Layer& l, int64_t row, const Vector& x) {
   const int64_t inner = p.d_inner, N = p.d_state, rank = p.dt_rank;
-  Vector uz = large_product(p, l.in_proj, 2 * inner, x);
+  Vector uz = large_product(p, l.in_proj_bits, l.in_proj, 2 * inner, x);
   convolve(p, l, row, uz.data(), inner);
   const Vector u(uz.begin(), uz.begin() + inner);
   const Vector xdb = product(l.x_proj, p.dtype, rank + 2 * N, u);
@@ -140,12 +142,12 @@ Vector mamba1(const Params& p, const Layer& l, int64_t row, const Vector& x) {
     y[c] = scan(p, l, row, i, u[c], softplus(dt[c] + l.dt_bias[i]), &xdb[static_cast<size_t>(rank)], &xdb[static_cast<size_t>(rank + N)]);
     y[c] *= silu(uz[static_cast<size_t>(inner + i)]);
   }
-  return large_product(p, l.out_proj, p.d_model, y);
+  return large_product(p, l.out_proj_bits, l.out_proj, p.d_model, y);
 }
 
 Vector mamba2(const Params& p, const Layer& l, int64_t row, const Vector& x) {
   const int64_t inner = p.d_inner, N = p.d_state, groups = p.ngroups, bc = groups * N;
-  Vector all = large_product(p, l.in_proj, 2 * inner + 2 * bc + p.nheads, x);  // z, then x, B and C, then dt
+  Vector all = large_product(p, l.in_proj_bits, l.in_proj, 2 * inner + 2 * bc + p.nheads, x);  // z, then x, B and C, then dt
   double *u = &all[static_cast<size_t>(inner)], *B = u + inner, *C = B + bc, *dt = C + bc;
   convolve(p, l, row, u, inner + 2 * bc);
   Vector y(static_cast<size_t>(inner));
@@ -154,7 +156,7 @@ Vector mamba2(const Params& p, const Layer& l, int64_t row, const Vector& x) {
     const double step = softplus(dt[head] + l.dt_bias[head]);
     y[static_cast<size_t>(i)] = scan(p, l, row, i, u[i], step, B + group * N, C + group * N) * silu(all[static_cast<size_t>(i)]);
   }
-  return large_product(p, l.out_proj, p.d_model, rms_norm(y, l.gated_norm, p.dtype, p.gated_norm_eps));
+  return large_product(p, l.out_proj_bits, l.out_proj, p.d_model, rms_norm(y, l.gated_norm, p.dtype, p.gated_norm_eps));
 }
 
 void add(const Params& p, Vector* residual, const Vector& x) {
@@ -182,6 +184,21 @@ void store(void* memory, int32_t dtype, int64_t index, double value) {
     static_cast<uint16_t*>(memory)[index] = half_of(dtype).bits(value);
 }
 
+std::vector<char> random_packed(int bits, int64_t rows, int32_t width, int32_t scales, int32_t dtype, unsigned seed) {
+  const auto stride = static_cast<size_t>(mamba_decode_row_bytes(bits, width, scales));
+  const auto integers = static_cast<size_t>(width * bits / 8);
+  const double usual = std::sqrt(width) * (bits == 8 ? 74.0 : 4.6);
+  std::mt19937_64 engine(seed);
+  std::vector<char> all(static_cast<size_t>(rows) * stride);
+  for (size_t r = 0; r < static_cast<size_t>(rows); r++) {
+    char* row = &all[r * stride];
+    for (size_t i = 0; i < integers; i++) row[i] = static_cast<char>(engine());
+    for (int32_t i = 0; i < scales; i++)
+      store(row + integers, dtype, i, (0.5 + static_cast<double>(engine() % 1000) / 1000.0) / usual);
+  }
+  return all;
+}
+
 void reference_stack(const Params& p) {
   for (int64_t row = 0; row < p.batch; row++) {
     Vector x = row_of(p.embedding, p.dtype, p.input_ids[row] * p.d_model, p.d_model), residual(x.size());
@@ -192,7 +209,7 @@ void reference_stack(const Params& p) {
       x = p.family == 1 ? mamba1(p, l, row, normed) : mamba2(p, l, row, normed);
     }
     add(p, &residual, x);
-    const Vector logits = large_product(p, p.lm_head, p.vocab_size, rms_norm(residual, p.norm_f, p.dtype, p.norm_eps));
+    const Vector logits = large_product(p, p.head_bits, p.lm_head, p.vocab_size, rms_norm(residual, p.norm_f, p.dtype, p.norm_eps));
     std::copy(logits.begin(), logits.end(), p.logits + row * p.vocab_size);
   }
 }

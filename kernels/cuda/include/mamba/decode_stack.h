@@ -11,8 +11,9 @@
  * Integer weights: with weight_bits 8 or 4, in_proj, out_proj and lm_head hold rows of integers q that stand for
  * scale * (q - zero), one scale (and zero) to `group_size` neighbours of a row; everything else stays as it is, T being float16
  * or bfloat16. Of 8 bits q is signed and zero is 0; of 4 bits q is 0 to 15 and zero is 8, or a whole number from 0 to 15 if
- * zero_points is set. A row of K values is a multiple of 64 bytes long, an odd one, and aligned to 16:
- *   K * weight_bits / 8 bytes of integers, itself a multiple of 64 bytes;
+ * zero_points is set. Where weight_bits is 4, single matrices may be of 8 bits (the fields named *_bits), in the same groups.
+ * A row of K values is a multiple of 64 bytes long, an odd one, and aligned to 16:
+ *   K * bits / 8 bytes of integers, itself a multiple of 64 bytes;
  *   the scales of the row's groups, T; then their zero points, T, if there are; then padding.
  * 64 bytes hold 64 or 128 values, 32 at a time, as tensor cores take them. Byte 16 t + i belongs to lane t (0 to 3), which has
  * values 8 t to 8 t + 7 of every 32: of 8 bits the h-th 32 in bytes 8 h to 8 h + 7 of the lane's, in the order 0 2 1 3 4 6 5 7;
@@ -57,6 +58,7 @@ typedef struct {
   void* conv_state_out;      /* may be conv_state_in */
   const float* ssm_state_in; /* [batch, d_inner, d_state] */
   float* ssm_state_out;      /* may be ssm_state_in */
+  int32_t in_proj_bits, out_proj_bits; /* of integers: 0: weight_bits; 8 */
 } mamba_decode_layer;
 
 typedef struct {
@@ -82,6 +84,7 @@ typedef struct {
   int32_t weight_bits; /* 0: in_proj, out_proj and lm_head are T; 8 or 4: integers */
   int32_t group_size;  /* values that share a scale: a power of two from 32 on; 0: the whole row */
   int32_t zero_points; /* 4 bits: whether groups have zero points of their own */
+  int32_t head_bits;   /* as in_proj_bits */
 } mamba_decode_stack_params;
 
 /* Logits that tie go to the smaller id. The chain takes one step a call and no output_ids. */

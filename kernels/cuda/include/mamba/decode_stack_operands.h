@@ -34,7 +34,7 @@ inline const std::vector<Attribute>& attributes() {
 enum class Kind { kIds, kModel, kFloat32, kPacked };
 
 /* `shape` has a letter for each dimension. Equal letters are equal sizes all over the node; '1' is one, 'k' is K - 1, and
- * '*' is what packed_rows() says.
+ * '*' is what set_bits() says.
  *   B batch           M d_model   I d_inner   N d_state   T dt_rank   H heads   P headdim
  *   X conv channels   K d_conv    J rows of in_proj   R rows of x_proj   V, W rows of embedding and head */
 struct Operand {
@@ -111,23 +111,6 @@ mamba_decode_stack_params from_attributes(Get&& get) {
   return p;
 }
 
-/* Whether packed rows are as long as those of the attributes' format are: empty, or what is wrong. `words(i)` is the last
- * dimension of input i. */
-template <typename Sizes, typename Words>
-std::string packed_rows(const mamba_decode_stack_params& p, const Sizes& sizes, Words&& words) {
-  const std::vector<Operand> all = inputs(p.family, p.n_layer, p.weight_bits);
-  for (std::size_t i = 0; i < all.size(); i++) {
-    if (all[i].kind != Kind::kPacked || sizes[all[i].columns] < 0) continue;
-    const auto width = static_cast<int32_t>(sizes[all[i].columns]);
-    const int32_t scales = p.group_size ? (width + p.group_size - 1) / p.group_size : 1;
-    const int32_t wanted = mamba_decode_row_bytes(p.weight_bits, width, scales) / 4;
-    if (words(i) >= 0 && words(i) != wanted)
-      return "input " + all[i].name + " has rows of " + std::to_string(words(i)) + " words, expected " +
-             std::to_string(wanted) + " for " + std::to_string(width) + " values (attributes weight_bits, group_size)";
-  }
-  return "";
-}
-
 /* The dimensions, from the size that each letter stands for (`sizes['M']`). */
 template <typename Sizes>
 void set_sizes(mamba_decode_stack_params* p, const Sizes& sizes) {
@@ -168,6 +151,36 @@ std::string relations(const mamba_decode_stack_params& p, const Sizes& sizes) {
   return "";
 }
 
+/* Bytes of a packed row of `bits` in such a model. */
+inline int64_t packed_bytes(const mamba_decode_stack_params& p, int32_t bits, int32_t width) {
+  return mamba_decode_row_bytes(bits, width, p.group_size ? (width + p.group_size - 1) / p.group_size : 1);
+}
+
+/* Sets the bits of packed matrices in *p and in `layers`, which has room for p->n_layer: those of attribute weight_bits, unless
+ * rows are as long as those of 8 bits alone. `words(i)` is the last dimension of input i, -1: not known. Returns nothing, or
+ * what is wrong. */
+template <typename Sizes, typename Words>
+std::string set_bits(mamba_decode_stack_params* p, mamba_decode_layer* layers, const Sizes& sizes, Words&& words) {
+  const std::vector<Operand> all = inputs(p->family, p->n_layer, p->weight_bits);
+  std::vector<int32_t*> own = {&p->head_bits};
+  for (int i = 0; i < p->n_layer; i++) own.push_back(&layers[i].in_proj_bits), own.push_back(&layers[i].out_proj_bits);
+  auto next = own.begin();
+  for (std::size_t i = 0; i < all.size(); i++) {
+    if (all[i].kind != Kind::kPacked) continue;
+    int32_t* const bits = *next++;
+    *bits = 0;
+    if (sizes[all[i].columns] < 0 || words(i) < 0) continue;
+    const auto width = static_cast<int32_t>(sizes[all[i].columns]);
+    const int64_t bytes = words(i) * 4, wanted = packed_bytes(*p, p->weight_bits, width);
+    if (bytes == wanted) continue;
+    if (bytes == packed_bytes(*p, 8, width)) *bits = 8;
+    else
+      return "input " + all[i].name + " has rows of " + std::to_string(words(i)) + " words, expected " +
+             std::to_string(wanted / 4) + " for " + std::to_string(width) + " values (attributes weight_bits, group_size)";
+  }
+  return "";
+}
+
 /* Sets all pointers from the node's inputs and outputs. `layers`: room for p->n_layer, kept as long as *p is used. */
 inline void bind(mamba_decode_stack_params* p, mamba_decode_layer* layers, const void* const* in, void* const* out) {
   const void* const* next = in + first_weight(p->n_layer);
@@ -176,7 +189,7 @@ inline void bind(mamba_decode_stack_params* p, mamba_decode_layer* layers, const
   p->embedding = next[0], p->norm_f = next[1], p->lm_head = next[2];
   next += 3;
   for (int i = 0; i < p->n_layer; i++) {
-    mamba_decode_layer& layer = layers[i] = mamba_decode_layer{};
+    mamba_decode_layer& layer = layers[i];
     for (const Weight& w : weights(p->family))
       std::memcpy(reinterpret_cast<char*>(&layer) + w.field, next++, sizeof(const void*));
     layer.conv_state_in = in[1 + 2 * i], layer.conv_state_out = out[1 + 2 * i];

@@ -26,7 +26,8 @@ class DecodeStack final
     p = params_of(attributes_);
     p.dtype = dtype_code(inputs[1].type);
     stack::set_sizes(&p, s);
-    return MAMBA_OK;
+    const std::string wrong = stack::set_bits(&p, layers_.data(), s, [&](size_t i) { return inputs[i].shape.back(); });
+    return wrong.empty() ? MAMBA_OK : MAMBA_ERROR_SHAPE;
   }
 
   void bind(const void* const* in, void* const* out) { stack::bind(&p, layers_.data(), in, out); }
@@ -64,9 +65,11 @@ Signature signature(const Attributes& attributes) {
 }
 
 std::string relations(const Attributes& attributes, const Sizes& sizes, const std::vector<Tensor>& inputs) {
-  const mamba_decode_stack_params p = params_of(attributes);
+  mamba_decode_stack_params p = params_of(attributes);
+  std::vector<mamba_decode_layer> layers(static_cast<size_t>(p.n_layer));
   const std::string wrong = stack::relations(p, sizes);
-  return wrong.empty() ? stack::packed_rows(p, sizes, [&](size_t i) { return inputs[i].shape.back(); }) : wrong;
+  if (!wrong.empty()) return wrong;
+  return stack::set_bits(&p, layers.data(), sizes, [&](size_t i) { return inputs[i].shape.back(); });
 }
 
 std::vector<AttributeSpec> attribute_specs() {
