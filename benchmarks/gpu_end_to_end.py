@@ -4,9 +4,10 @@
     python benchmarks/gpu_end_to_end.py BUNDLES --sources PEER [-o RESULTS-gpu.md]     on the GPU
 
 Bundles: of target `ort`, the stock engine's own ops; of target `tensorrt` with the CUDA library of plugins/onnxruntime
-(build it first: python -m mamba_export.plugins.ort_library --cuda); and `fused`, the same with `--fuse-step`, whose
-step is one node, by the library's choice of kernel and by the chain of kernels alone. Needs onnxruntime-gpu; PEER
-holds the source packages of mamba-ssm and causal-conv1d. The 768 x 24 model has random weights, for both sides.
+(build it first: python -m mamba_export.plugins.ort_library --cuda); `fused`, the same with `--fuse-step`, whose
+step is one node, by the library's choice of kernel and by the chain of kernels alone; and that with int8 weights.
+Needs onnxruntime-gpu; PEER holds the source packages of mamba-ssm and causal-conv1d. The 768 x 24 model has random
+weights, for both sides.
 """
 
 from __future__ import annotations
@@ -36,11 +37,13 @@ BUNDLES: dict[str, dict[str, Any]] = {
     "ort": {"target": "ort"},
     "tensorrt": {"target": "tensorrt"},
     "fused": {"target": "tensorrt", "fuse_step": True},
+    "fused-w8a16": {"target": "tensorrt", "fuse_step": True, "recipe": "w8a16"},
 }
 LABELS = {
     "tensorrt": "`tensorrt` with the library",
     "fused": "the same with `--fuse-step`",
     "chain": "the same, by the chain of kernels",
+    "fused-w8a16": "a fused step of int8 weights, `--recipe w8a16`",
     "ort": "`ort`",
 }
 LARGE = {"d_model": 768, "n_layer": 24, "vocab_size": 50280}
@@ -87,7 +90,7 @@ def large_checkpoint(folder: Path) -> Path:
 
 def prepare(bundles: Path, checkpoints: Path) -> None:
     """Export every bundle that is not there yet, the goldens beside them."""
-    from mamba_export import export_onnx
+    from mamba_export import export_onnx, quantize
 
     bundles.mkdir(parents=True, exist_ok=True)
     for name in MODELS:
@@ -99,7 +102,8 @@ def prepare(bundles: Path, checkpoints: Path) -> None:
             if not out.exists():
                 ckpt = checkpoints / name if name in MODELS else large_checkpoint(bundles / "768x24")
                 logits = "all" if name in MODELS else "last"
-                export_onnx(ckpt, out, dtype="fp16", logits=logits, verify=False, **export)
+                make = quantize if "recipe" in export else export_onnx
+                make(ckpt, out, dtype="fp16", logits=logits, verify=False, **export)
                 print(f"exported {out}", flush=True)
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from mamba_export.plugins import ort_library
 
-from mamba_export import Bundle
+from mamba_export import Bundle, quantize
 from mamba_export.engine.device import find_device
 from mamba_export.runtime import OrtRunner
 from tests.ops.onnx_runs import lower_op, node_inputs, sample_model
@@ -87,3 +87,36 @@ def test_models(
         assert np.allclose(together, together[:1], atol=1e-3)
     assert runner.cuda_graph
     assert torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("kernel", ["fused", "chain"])
+@pytest.mark.parametrize("recipe", ["w8a16", "w4a16"])
+@pytest.mark.parametrize("model", ["mamba1-small", "mamba2-small"])
+def test_packed_integers(
+    library: Path,
+    model: str,
+    recipe: str,
+    kernel: str,
+    shared_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fused step by a recipe: logits along the golden texts as the function body gives them on the CPU."""
+    monkeypatch.setenv(ort_library.ENVIRONMENT_VARIABLE, str(library))
+    monkeypatch.setenv("MAMBA_ORT_DECODE", kernel)
+    ckpt, file = shared_checkpoint(model), tmp_path / f"{recipe}.yaml"
+    rounded = "weights: {method: rtn}\nsmooth: 0\npromote: {bits: 0}\n" if recipe == "w4a16" else ""
+    file.write_text(f"extends: {recipe}\n{rounded}")  # int8 head and, by w4a16, int4 layers
+    bundle = quantize(ckpt, tmp_path / "out", recipe=file, dtype="fp16", fuse_step=True, verify=False).bundle
+    same = total = 0
+    for case in json.loads((ckpt / "golden_greedy.json").read_text()):
+        logits = []
+        for device in ("cpu", "cuda"):
+            runner = OrtRunner(bundle, device=device)
+            _, state = runner.prefill(np.array([case["prompt_ids"]]), runner.initial_state(1))
+            loop = runner.step_loop(state, 1)
+            steps = [loop.step(np.array([[token]]))[0, -1].copy() for token in case["greedy_ids"]]
+            logits.append(np.stack(steps).astype(np.float64))
+        assert np.linalg.norm(logits[1] - logits[0]) / np.linalg.norm(logits[0]) < 5e-3, case["prompt"]
+        same, total = same + int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum()), total + len(logits[0])
+    assert same >= 0.99 * total
