@@ -9,6 +9,8 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mamba_export.quantized import EMBEDDING, HEAD
+
 from .library import KernelError, dtype_code, launch, params_struct, tactics
 from .packed_weights import Format, common_format, format_of, pack
 
@@ -31,7 +33,7 @@ PARAMS = params_struct(
     "i32 dtype family batch n_layer d_model d_inner d_state d_conv dt_rank vocab_size nheads ngroups"
     " residual_fp32 n_forced n_steps tactic; f32 norm_eps gated_norm_eps;"
     "ptr layers embedding norm_f lm_head input_ids output_ids logits workspace; size workspace_size;"
-    "i32 weight_bits group_size zero_points head_bits",
+    "i32 weight_bits group_size zero_points head_bits embedding_packed",
 )
 # Of one layer: field of the C struct -> name of the parameter below backbone.layers.{i}.
 _BOTH = {
@@ -59,9 +61,12 @@ def _packed(weights: Mapping[str, Tensor | Matrix]) -> tuple[dict[str, Tensor], 
     """The weights, quantized matrices packed; the format of those (0 bits where there are none); their bits by name."""
     from mamba_export.fused_step import PACKABLE
 
-    embedding: Any = weights["backbone.embedding.weight"]
+    like: Any = weights["backbone.norm_f.weight"]
     found: dict[str, Any] = {name: w for name, w in weights.items() if hasattr(w, "data_ptr")}
     matrices: dict[str, Any] = {name: w for name, w in weights.items() if name not in found}
+    tied = matrices.pop(EMBEDDING, None)
+    if tied is not None and tied is not matrices.get(HEAD):
+        raise KernelError("decode_stack: a quantized embedding must be the head's matrix")
     for name in matrices:
         if not name.endswith(PACKABLE):
             raise KernelError(
@@ -69,11 +74,13 @@ def _packed(weights: Mapping[str, Tensor | Matrix]) -> tuple[dict[str, Tensor], 
             )
     if not matrices:
         return found, Format(0, 0, False), {}
-    if "lm_head.weight" not in matrices:
+    if HEAD not in matrices:
         raise KernelError("decode_stack: lm_head.weight must be quantized as the layers are")
     form = common_format(format_of(matrix) for matrix in matrices.values())
     for name, matrix in matrices.items():
-        found[name] = pack(matrix, embedding.dtype, embedding.device, form)
+        found[name] = pack(matrix, like.dtype, like.device, form)
+    if tied is not None:
+        found[EMBEDDING] = found[HEAD]
     return found, form, {name: format_of(matrix).bits for name, matrix in matrices.items()}
 
 
@@ -85,7 +92,7 @@ class DecodeStack:
         weights: its parameters under the names of :class:`mamba_export.models.MambaLM`, on the GPU, dense. They are
             used where they lie, not copied. The matrices of in_proj, out_proj and the head may all be quantized
             instead, to int8 or int4 or some to either; they are packed. A model with tied embeddings then has
-            ``lm_head.weight`` too.
+            ``lm_head.weight`` too, and its embedding may be that very matrix.
         batch: rows; the fused kernel takes one.
     """
 
@@ -100,11 +107,11 @@ class DecodeStack:
             raise KernelError(f"decode_stack does not cover models with {reason}")
         self.spec, self.batch = spec, batch
         floats, self.format, bits = _packed(weights)
-        self.embedding = floats["backbone.embedding.weight"]
+        self.embedding = floats[EMBEDDING]
         self.norm_f = floats["backbone.norm_f.weight"]
         own_head = self.format.bits or not spec.tie_embeddings
-        self.lm_head = floats["lm_head.weight"] if own_head else self.embedding
-        self.dtype, self.device = self.embedding.dtype, self.embedding.device
+        self.lm_head = floats[HEAD] if own_head else self.embedding
+        self.dtype, self.device = self.norm_f.dtype, self.norm_f.device
         self._layers: list[dict[str, Tensor]] = []
         self.conv_states: list[Tensor] = []
         self.ssm_states: list[Tensor] = []
@@ -122,7 +129,7 @@ class DecodeStack:
             tensor = torch.zeros(batch, *state.shape, dtype=dtype, device=self.device)
             (self.conv_states if state.kind == "conv" else self.ssm_states).append(tensor)
         own = {name: count for name, count in bits.items() if count > self.format.bits}
-        self._head_bits = own.get("lm_head.weight", 0)
+        self._head_bits = own.get(HEAD, 0)
         self._pointers = (LAYER * spec.n_layer)()
         for i, layer in enumerate(self._layers):
             self._pointers[i] = LAYER(
@@ -164,6 +171,7 @@ class DecodeStack:
             group_size=self.format.group,
             zero_points=self.format.zeros,
             head_bits=self._head_bits,
+            embedding_packed=bool(self.format.bits) and self.embedding is self.lm_head,
             **fields,
         )
 
@@ -188,7 +196,7 @@ class DecodeStack:
             input_ids=input_ids.data_ptr(),
             logits=logits.data_ptr(),
         )
-        launch("decode_stack", params, self.embedding)
+        launch("decode_stack", params, self.norm_f)
         return logits
 
     def generate(self, prompt: Tensor | Sequence[int], new_tokens: int, output: Tensor | None = None) -> Tensor:
@@ -205,5 +213,5 @@ class DecodeStack:
             input_ids=ids.data_ptr(),
             output_ids=output.data_ptr(),
         )
-        launch("decode_stack", params, self.embedding)
+        launch("decode_stack", params, self.norm_f)
         return output

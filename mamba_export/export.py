@@ -134,7 +134,7 @@ def make_graphs(
     from mamba_export.graph.external import place_weights
     from mamba_export.graph.fuse import FuseStepPass
     from mamba_export.graph.lower import lower, lower_for_cpu
-    from mamba_export.graph.packed import step_format
+    from mamba_export.graph.packed import shares_rows, step_format
     from mamba_export.graph.trace import TraceOptions, trace
 
     options = TraceOptions(dtype, logits, ragged)
@@ -144,7 +144,7 @@ def make_graphs(
     ssm: StateType = "fp32" if quantized is None else quantized.state
     if quantized is not None:
         passes = _quantize_passes(quantized, dtype, get_target(target), fuse_step)
-    fuse = FuseStepPass(checkpoint.spec, step_format(quantized)) if fuse_step else None
+    fuse = FuseStepPass(checkpoint.spec, step_format(quantized), shares_rows(quantized)) if fuse_step else None
     for kind, file in kinds.items():
         with progress.stage(f"trace {kind}"):
             model = trace(checkpoint.spec, kind, options)

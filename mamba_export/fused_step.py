@@ -28,10 +28,10 @@ def packed_name(name: str) -> str:
     return f"{name}.packed"
 
 
-def parameter_names(spec: ModelSpec, packed: bool = False) -> list[str]:
-    """Names of the parameters in the order of the op's inputs; a tied head is the embedding again, unless packed."""
+def parameter_names(spec: ModelSpec, packed: bool = False, packed_embedding: bool = False) -> list[str]:
+    """Names of the parameters in the order of the op's inputs; a tied tensor comes twice, as the head where packed."""
     head = EMBEDDING if spec.tie_embeddings and not packed else HEAD
-    names = [EMBEDDING, "backbone.norm_f.weight", head]
+    names = [HEAD if packed_embedding else EMBEDDING, "backbone.norm_f.weight", head]
     names += [f"backbone.layers.{i}.{name}" for i in range(spec.n_layer) for name in PARAMETERS[spec.family]]
     return [packed_name(name) if packed and name.endswith(PACKABLE) else name for name in names]
 

@@ -61,6 +61,7 @@ template <typename F> bool allow_shared(F kernel, size_t bytes) {
 
 // The products of matrices of kBits.
 template <typename T, int kFamily, int kIn, int kOut, int kBits> struct Products {
+  static constexpr int kBitsOf = kBits < 16 ? kBits : 16;
   Launch in, out, head;
 
   explicit Products(const Params& p) {
@@ -119,9 +120,10 @@ int launch_all(const Params& p, Narrow products, Wide wide, cudaStream_t stream)
   Buffers s;
   place_buffers(p, s);
   const bool mixed = model_bits(p) == kMixed;
-  bool ok = products.allow() && (!mixed || wide.allow()) && allow_shared(embed_kernel<T>, 0) &&
+  constexpr auto embed = embed_kernel<T, Narrow::kBitsOf>;
+  bool ok = products.allow() && (!mixed || wide.allow()) && allow_shared(embed, 0) &&
             allow_shared(x_kernel<T>, kXShared) && allow_shared(scan_kernel<T, kFamily>, x_rows_of(p) * sizeof(float));
-  ok = ok && start(embed_kernel<T>, dim3(ceil_div(p.d_model, 256), p.batch), 256, 0, stream, p, s.hidden);
+  ok = ok && start(embed, dim3(ceil_div(p.d_model, 256), p.batch), 256, 0, stream, p, s.hidden);
   for (int i = 0; ok && i < p.n_layer; i++) {
     const Layer& l = p.layers[i];
     ok = mixed && l.in_proj_bits == 8 ? wide.start_in(p, l, s, stream) : products.start_in(p, l, s, stream);

@@ -6,12 +6,12 @@
 namespace mamba::decode::chain {
 
 // Nothing of a token starts before all that precedes it in the stream has ended: weights and states stand still from here on.
-template <typename T> __global__ void embed_kernel(const __grid_constant__ Params p, float* hidden) {
+template <typename T, int kBits> __global__ void embed_kernel(const __grid_constant__ Params p, float* hidden) {
   wait_for_previous();
   let_next_start();
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   const int64_t b = blockIdx.y, token = p.input_ids[b];
-  if (i < p.d_model) hidden[b * p.d_model + i] = to_float(static_cast<const T*>(p.embedding)[token * p.d_model + i]);
+  if (i < p.d_model) hidden[b * p.d_model + i] = EmbeddingRow<T, kBits>(p, token)[i];
 }
 
 // The convolution of one channel: its taps and state are loaded together, before the product.

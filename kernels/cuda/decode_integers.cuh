@@ -47,7 +47,7 @@ inline int check_integers(const mamba_decode_stack_params& p) {
   bool all_known = known(p.head_bits);
   for (int i = 0; i < p.n_layer; i++) all_known &= known(p.layers[i].in_proj_bits) && known(p.layers[i].out_proj_bits);
   if (!all_known) return MAMBA_ERROR_DTYPE;
-  if (p.weight_bits == 0) return p.group_size || p.zero_points ? MAMBA_ERROR_DTYPE : MAMBA_OK;
+  if (p.weight_bits == 0) return p.group_size || p.zero_points || p.embedding_packed ? MAMBA_ERROR_DTYPE : MAMBA_OK;
   if ((p.weight_bits != 8 && p.weight_bits != 4) || p.dtype == MAMBA_F32) return MAMBA_ERROR_DTYPE;
   if (p.zero_points && p.weight_bits != 4) return MAMBA_ERROR_DTYPE;
   if (p.group_size && (p.group_size < 32 || p.group_size & (p.group_size - 1))) return MAMBA_ERROR_SHAPE;
@@ -128,6 +128,34 @@ template <typename T, int kBits> struct Scales {
       const T* at = place(row, f, value + 32 * i);
       scale[i] = to_float(*at), zero[i] = zero_at(at, f);
     }
+  }
+};
+
+// A token's row of the embedding, value by value. kBits: 16 where it can't be integers.
+template <typename T, int kBits> struct EmbeddingRow {
+  const unsigned char* row;
+  Packing f;
+  int bits;  // 0: the row is of T
+
+  __device__ __forceinline__ EmbeddingRow(const mamba_decode_stack_params& p, int64_t token) : f(), bits(0) {
+    int64_t bytes = int64_t(p.d_model) * sizeof(T);
+    if (kBits < 16 && p.embedding_packed) bits = bits_of(p, p.head_bits), f = packing_of(p, p.d_model, bits), bytes = f.row_bytes;
+    row = static_cast<const unsigned char*>(p.embedding) + token * bytes;
+  }
+  __device__ __forceinline__ float operator[](int i) const {
+    if (kBits == 16 || bits == 0) return to_float(reinterpret_cast<const T*>(row)[i]);
+    const T* scale = reinterpret_cast<const T*>(row + f.scales) + (i >> f.shift);
+    const int lane = (i >> 3 & 3) * 16, j = i & 7;
+    float q;
+    if (bits == 8) {
+      const int place = (j & 4) | (j & 1) << 1 | (j >> 1 & 1);
+      q = static_cast<signed char>(row[(i >> 6) * kUnit + lane + (i >> 5 & 1) * 8 + place]);
+    } else {
+      const int place = (j & 1) * 4 + (j >> 1);
+      q = row[(i >> 7) * kUnit + lane + (i >> 5 & 3) * 4 + (place >> 1)] >> 4 * (place & 1) & 15;
+      q -= f.zeros ? to_float(scale[f.zeros]) : 8.0f;
+    }
+    return to_float(from_float<T>(q * to_float(*scale)));
   }
 };
 

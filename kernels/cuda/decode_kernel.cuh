@@ -26,13 +26,13 @@ struct Progress {
 };
 
 // The vector that the stage multiplies, into shared memory: this thread's squares of it.
-template <int kStage, Taking kTaking, typename T, int kFamily>
+template <int kStage, Taking kTaking, int kBits, typename T, int kFamily>
 __device__ __forceinline__ float take_vector(const Worker<T, kFamily>& w, const Shape& shape, const Pass& pass, Progress& at) {
   float square = 0.0f;
   if constexpr (kStage == kOut) {
     take_inner<kTaking>(w, shape, at.epoch, square);
   } else {
-    if (kStage == kIn && pass.layer == 0) take_embedding<kTaking>(w, shape, at.token, square);
+    if (kStage == kIn && pass.layer == 0) take_embedding<kTaking, kBits>(w, shape, at.token, square);
     else take_hidden<kTaking>(w, shape, at.epoch, square);
     at.epoch++;
   }
@@ -67,7 +67,7 @@ __device__ __forceinline__ void run_product(const Worker<T, kFamily>& w, const S
     Held product(w.x, shape.width, rows, w.lane, w.warp);
     if constexpr (kBits == 16) product.hold(w.ring, at.cursor, shape.shift);
     else product.hold(w.ring, at.cursor, shape);
-    float square = take_vector<kStage, kHeldTiles>(w, shape, pass, at);
+    float square = take_vector<kStage, kHeldTiles, kBits>(w, shape, pass, at);
     product.run(w.x, kNormed, partial);
     if (kNormed) {  // as one more row
 #pragma unroll
@@ -80,7 +80,7 @@ __device__ __forceinline__ void run_product(const Worker<T, kFamily>& w, const S
   } else {
     using Tiled = std::conditional_t<kBits == 16, TensorProduct<T>, PackedProduct<T, kBits>>;
     const Tiled product(shape, rows, w.x, kNormed);  // what it can know before its vector arrives
-    float square = take_vector<kStage, kBits == 4 ? kTiled4 : kTiled>(w, shape, pass, at);
+    float square = take_vector<kStage, kBits == 4 ? kTiled4 : kTiled, kBits>(w, shape, pass, at);
     if (kNormed) {
       square = warp_sum(square);
       if (w.lane == 0) w.square(kStage)[w.warp] = square;

@@ -108,20 +108,19 @@ template <typename T> __device__ __forceinline__ pair_t<T> pair_at(const T* from
 }
 
 // The first layer's: a row of the embedding. The residual begins with the block's part of it.
-template <Taking kTaking, typename T, int kFamily>
+template <Taking kTaking, int kBits, typename T, int kFamily>
 __device__ __forceinline__ void take_embedding(const Worker<T, kFamily>& w, const Shape& shape, int64_t token, float& square) {
-  const T* row = static_cast<const T*>(w.p.embedding) + token * w.p.d_model;
+  const EmbeddingRow<T, kBits> row(w.p, token);
   const Taker<kTaking, 2, T, kFamily> taker(w, shape);
 #pragma unroll 1
   for (int turn = 0; turn < taker.turns; turn++) {
     const int i = taker.at(turn);
     if (i < 0) continue;
-    const float2 v = to_float2(pair_at(row + i));
-    place_normed(w, i, taker.place_of(i), v.x, v.y, pair_at(w.norm + i), square);
+    place_normed(w, i, taker.place_of(i), row[i], row[i + 1], pair_at(w.norm + i), square);
   }
 #pragma unroll 1
   for (int i = w.tid / 4; i < w.out_rows.count; i += kThreads / 4) {  // by the lanes that add to it
-    if (w.lane % 4 == 0) w.residual[i] = to_float(row[w.out_rows.first + i]);
+    if (w.lane % 4 == 0) w.residual[i] = row[w.out_rows.first + i];
   }
 }
 

@@ -25,11 +25,13 @@ class FuseStepPass(ir.passes.InPlacePass):
     Args:
         spec: the model.
         form: of the rows where the graph's matrices are packed (:class:`mamba_export.graph.packed.PackedQuantizePass`).
+        packed_embedding: the embedding is the head's packed rows.
     """
 
-    def __init__(self, spec: ModelSpec, form: Format | None = None) -> None:
+    def __init__(self, spec: ModelSpec, form: Format | None = None, packed_embedding: bool = False) -> None:
         super().__init__()
-        self.attributes, self.parameters = attributes_of_spec(spec, form), parameter_names(spec, form is not None)
+        self.attributes = attributes_of_spec(spec, form, packed_embedding)
+        self.parameters = parameter_names(spec, form is not None, packed_embedding)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from mamba_export.fused_step import PACKABLE, packed_name
+from mamba_export.graph.passes import replace_node
 from mamba_export.graph.quant import OPSET, QuantizePass
 from mamba_export.ops.builder import Builder
 from mamba_export.ops.opdef import DOMAIN
-from mamba_export.quantized import EMBEDDING, Linear, Matrix, QuantizedModel
+from mamba_export.quantized import EMBEDDING, HEAD, Linear, Matrix, QuantizedModel
 from mamba_export.targets import Target
 
 if TYPE_CHECKING:
@@ -43,20 +44,28 @@ def step_format(model: QuantizedModel | None) -> Format | None:
     return common_format(found) if found else None
 
 
+def shares_rows(model: QuantizedModel | None) -> bool:
+    """Whether the embedding is the head's matrix, and so its packed rows."""
+    head = None if model is None else model.linears.get(HEAD)
+    return model is not None and head is not None and model.embedding is head.weight
+
+
 class PackedQuantizePass(QuantizePass):
     """As :class:`QuantizePass`, for a step graph that is to be fused.
 
     Ensures: matrices of :data:`~mamba_export.fused_step.PACKABLE` names are products of unpacked rows, initializers
-    named by :func:`~mamba_export.fused_step.packed_name`; other quantized matrices are float initializers under their
-    own names, with the values that the integers stand for.
+    named by :func:`~mamba_export.fused_step.packed_name`, and so is the lookup of an embedding that is the head's
+    matrix; other quantized matrices are float initializers under their own names, with the values that the integers
+    stand for.
     """
 
     def __init__(self, model: QuantizedModel, dtype: str, target: Target) -> None:
         super().__init__(model, dtype, target)
         self.form = step_format(model)
+        self.unpacked: dict[str, ir.Value] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        self.functions = model.functions
+        self.functions, self.unpacked = model.functions, {}
         return super().call(model)
 
     def _stored(self, name: str, linear: Linear) -> str:
@@ -66,6 +75,11 @@ class PackedQuantizePass(QuantizePass):
         if not name.endswith(PACKABLE):
             self.fills[name] = functools.partial(self._floats, matrix)
             return self.graph.initializers[name]
+        if name not in self.unpacked:  # a tied matrix has two uses
+            self.unpacked[name] = self._unpack(op, matrix, name)
+        return self.unpacked[name]
+
+    def _unpack(self, op: Builder, matrix: Matrix, name: str) -> ir.Value:
         from mamba_export.kernels.packed_weights import format_of, pack, row_bytes, told_apart, within
 
         form, rows, columns = self.form, len(matrix.values), matrix.columns
@@ -85,8 +99,13 @@ class PackedQuantizePass(QuantizePass):
 
     def _lookup(self, node: ir.Node, index: int) -> None:
         table, matrix = node.inputs[0], self.model.embedding
-        if table is not None and table.name == EMBEDDING and matrix is not None:
+        if table is None or table.name != EMBEDDING or matrix is None:
+            return
+        if not shares_rows(self.model):
             self.fills[EMBEDDING] = functools.partial(self._floats, matrix)
+            return
+        op = Builder(f"lookup_{index}/")
+        replace_node(node, op.nodes, [op.Gather(self._dequantize(op, matrix, HEAD), node.inputs[1], axis=0)])
 
     def _floats(self, matrix: Matrix) -> Tensor:
         return matrix.dequantize().to(self.torch_dtype).reshape(-1).view(torch.uint8)

@@ -5,7 +5,8 @@ head, and of every layer the parameters that :data:`mamba_export.fused_step.PARA
 [B, 1, vocab], then the present states.
 With ``weight_bits`` in_proj, out_proj and the head are int32 [rows, words of a row]: the rows of decode_stack.h, packed
 by kernels/packed_weights.py, whose scales have the type of the other parameters, float16 or bfloat16. Where it is 4, a
-matrix whose rows are as long as those of int8 is int8.
+matrix whose rows are as long as those of int8 is int8. With ``packed_embedding`` the embedding is rows of the head's
+kind.
 Unlike the other ops it is not traced: :class:`mamba_export.graph.fuse.FuseStepPass` makes it from a step graph, whose
 nodes become its function body. The kernels behind it are decode_stack of kernels/cuda; their adapters read the inputs
 in this order too (kernels/cuda/include/mamba/decode_stack_operands.h).
@@ -45,6 +46,7 @@ ATTRIBUTES = {
     "gated_norm_eps": (1e-5, "Mamba-2: epsilon of the gated norm"),
     "weight_bits": (0, "8 or 4: in_proj, out_proj and the head are packed rows of such integers; 0: they are matrices"),
     "group_size": (0, "values of a packed row that share a scale; 0: the whole row"),
+    "packed_embedding": (0, "1: the embedding is packed rows too, of the head's integers"),
 }
 
 
@@ -74,7 +76,9 @@ def _schema() -> onnx.defs.OpSchema:
 SCHEMA = _schema()
 
 
-def attributes_of_spec(spec: ModelSpec, form: Format | None = None) -> dict[str, int | float]:
+def attributes_of_spec(
+    spec: ModelSpec, form: Format | None = None, packed_embedding: bool = False
+) -> dict[str, int | float]:
     """The node's attributes; ``form`` is that of the packed rows.
 
     Raises:
@@ -95,6 +99,7 @@ def attributes_of_spec(spec: ModelSpec, form: Format | None = None) -> dict[str,
         "gated_norm_eps": spec.gated_norm_eps,
         "weight_bits": 0 if form is None else form.bits,
         "group_size": 0 if form is None else form.group,
+        "packed_embedding": int(packed_embedding),
     }
 
 
@@ -115,9 +120,10 @@ def decode_stack_reference(
     embedding, norm_f, head, *rest = parameters
     mamba1, layers = attributes["family"] == 1, attributes["n_layer"]
     each = len(rest) // layers
-    x = embedding[input_ids]
-    head = _matrix(head, x, attributes)
-    dtype = x.dtype
+    dtype, x = norm_f.dtype, embedding[input_ids]
+    if attributes.get("packed_embedding", 0):
+        x = _matrix(x.flatten(0, 1), norm_f, attributes).unflatten(0, input_ids.shape)
+    head = _matrix(head, norm_f, attributes)
     wide = torch.promote_types(dtype, torch.float32)
     residual: Tensor | None = None
     presents: list[Tensor] = []
@@ -135,7 +141,7 @@ def decode_stack_reference(
 
 
 def _matrix(weight: Tensor, x: Tensor, attributes: dict[str, Any]) -> Tensor:
-    """The weight [out, in] of a product with ``x`` [..., in], unpacked if it is packed."""
+    """The weight [out, in] that goes with ``x`` [..., in], unpacked if it is packed."""
     if not attributes.get("weight_bits", 0):
         return weight
     from mamba_export.kernels.packed_weights import Format, format_by_length, unpack

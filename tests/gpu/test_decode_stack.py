@@ -146,7 +146,7 @@ FORMATS = {
 
 
 def quantized(weights: dict[str, Any], form: Format, wide: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
-    """The weights with integers where they can be, the head apart from the embedding; and what they stand for.
+    """The weights with integers where they can be, a tied embedding too; and what they stand for.
 
     Matrices whose names match ``wide`` are int8 whatever ``form`` is.
     """
@@ -154,7 +154,11 @@ def quantized(weights: dict[str, Any], form: Format, wide: str = "") -> tuple[di
     names = [n for n in (*weights, *heads) if n.endswith(("in_proj.weight", "out_proj.weight", "lm_head.weight"))]
     kinds = {name: FORMATS["int8"] if wide and re.search(wide, name) else form for name in names}
     matrices = {name: round_to((weights | heads)[name], kinds[name]) for name in names}
-    return {**weights, **matrices}, weights | {name: m.dequantize() for name, m in matrices.items()}
+    floats = {name: m.dequantize() for name, m in matrices.items()}
+    if "lm_head.weight" not in weights:
+        table = "backbone.embedding.weight"
+        matrices[table], floats[table] = matrices["lm_head.weight"], floats["lm_head.weight"].to(weights[table].dtype)
+    return {**weights, **matrices}, weights | floats
 
 
 def run_stack(stack: DecodeStack, ids: Any, tactic: Any) -> list[Any]:

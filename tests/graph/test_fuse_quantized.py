@@ -106,6 +106,15 @@ def node_of(bundle: Bundle) -> onnx.NodeProto:
     return node
 
 
+def node_parameters(bundle: Bundle) -> list[str]:
+    return list(node_of(bundle).input)[1 + len(bundle.states) :]
+
+
+def shares(bundle: Bundle, recipe: str) -> bool:
+    """Whether the embedding is the head's integers."""
+    return bundle.spec.tie_embeddings and recipe != "w4"
+
+
 def wide(name: str, recipe: str) -> bool:
     """Whether a matrix is int8 in a model of int4."""
     return recipe == "mixed" and name.endswith(
@@ -119,13 +128,15 @@ def test_the_node_takes_packed_rows_of_the_unfused_integers(
 ) -> None:
     fused, plain = (bundle_of(model, recipe, dtype, fuse) for fuse in (True, False))
     kind, form = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype], FORMS[recipe]
-    names = parameter_names(fused.spec, packed=True)
+    names = node_parameters(fused)
     node, found, unfused = node_of(fused), tensors(fused, "step.onnx"), tensors(plain, "step.onnx")
     assert node.op_type == OP_TYPE and list(node.input)[-len(names) :] == names and set(found) == set(names)
+    assert names == parameter_names(fused.spec, packed=True, packed_embedding=shares(fused, recipe))
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert (attributes["weight_bits"], attributes["group_size"]) == (form.bits, form.group)
     packed = [name.removesuffix(".packed") for name in names if name.endswith(".packed")]
-    assert len(packed) == 2 * fused.spec.n_layer + 1
+    assert len(packed) == 2 * fused.spec.n_layer + 1 + shares(fused, recipe)
+    assert attributes["packed_embedding"] == shares(fused, recipe)
     for name in (n.removesuffix(".packed") for n in names):
         stored = "backbone.embedding.weight" if name == "lm_head.weight" and f"{name}.q" not in unfused else name
         if name not in packed:
@@ -150,7 +161,7 @@ def test_the_unfused_step_the_body_and_the_reference_agree(
     wide = dtype == "bf16"  # ONNX Runtime computes it in float32
     feed = {s.name: (t.float() if wide else t).numpy() for s, t in zip(fused.states, given, strict=True)}
     wanted, ours = (plain_session(b).run(None, {"input_ids": ids.numpy(), **feed}) for b in (plain, fused))
-    found, names = tensors(fused, "step.onnx"), parameter_names(fused.spec, packed=True)
+    found, names = tensors(fused, "step.onnx"), node_parameters(fused)
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node_of(fused).attribute}
     with torch.no_grad():
         reference = decode_stack_reference(ids, given, [found[name] for name in names], attributes)

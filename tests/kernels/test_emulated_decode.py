@@ -154,7 +154,7 @@ def mamba2(d_model: int, **changes: Any) -> ModelSpec:
 def quantized(
     weights: dict[str, torch.Tensor], form: Format, wide: str = ""
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The weights with integers where they can be, the head apart from the embedding; and what they stand for.
+    """The weights with integers where they can be, a tied embedding too; and what they stand for.
 
     Matrices whose names match ``wide`` are int8 whatever ``form`` is, with a scale a row.
     """
@@ -163,7 +163,11 @@ def quantized(
     matrices = {
         name: round_to((weights | heads)[name], INT8 if wide and re.search(wide, name) else form) for name in names
     }
-    return {**weights, **matrices}, weights | {name: m.dequantize() for name, m in matrices.items()}
+    floats = {name: m.dequantize() for name, m in matrices.items()}
+    if "lm_head.weight" not in weights:
+        table = "backbone.embedding.weight"
+        matrices[table], floats[table] = matrices["lm_head.weight"], floats["lm_head.weight"].to(weights[table].dtype)
+    return {**weights, **matrices}, weights | floats
 
 
 INT8, INT8_128 = Format(8, 0, False), Format(8, 128, False)

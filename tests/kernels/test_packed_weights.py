@@ -88,3 +88,10 @@ def test_what_kernels_do_not_have() -> None:
     ):
         with pytest.raises(KernelError):
             format_of(matrix)
+
+
+def test_wide_rows_are_as_small_as_their_integers() -> None:
+    """Of float16: about half in int8, and 0.28 at most in int4 with a scale every 128 values."""
+    for columns in (2560, 5120):
+        assert row_bytes(Format(8, 0, False), columns) < 0.52 * 2 * columns
+        assert row_bytes(Format(4, 128, False), columns) < 0.28 * 2 * columns

@@ -150,7 +150,7 @@ void Stack::read_attributes(const OrtKernelInfo* info) {
     return 0.0;
   });
   params_.dtype = -1, params_.tactic = wanted_tactic();
-  operands_ = stack::inputs(params_.family, params_.n_layer, params_.weight_bits);
+  operands_ = stack::inputs(params_);
 }
 
 // The weights come first: they say what the states have to be.

@@ -61,10 +61,14 @@ struct Node {
     return kind == stack::Kind::kIds ? DataType::kINT64 : kind == stack::Kind::kModel ? type : DataType::kFLOAT;
   }
   std::vector<stack::Operand> operands() const {
-    return stack::inputs(mamba1() ? 1 : 2, static_cast<int>(m.layers), m.bits);
+    mamba_decode_stack_params p{};
+    p.family = mamba1() ? 1 : 2, p.n_layer = static_cast<int>(m.layers), p.weight_bits = m.bits;
+    p.embedding_packed = packed_embedding();
+    return stack::inputs(p);
   }
+  bool packed_embedding() const { return m.bits && m.tied; }
   int bits(const stack::Operand& operand) const {
-    const bool wide = operand.name == "lm_head" || operand.name.find("layers.1.") == 0;
+    const bool wide = operand.name == "lm_head" || operand.name == "embedding" || operand.name.find("layers.1.") == 0;
     return m.mixed && wide ? 8 : m.bits;
   }
   int32_t columns(const stack::Operand& operand) const { return static_cast<int32_t>(size(operand.columns)); }
@@ -99,10 +103,10 @@ struct Node {
 
   std::unique_ptr<IPluginV3> make_plugin(const Library& library) const {
     const char* names[] = {"family",     "n_layer",          "dt_rank",     "nheads",    "ngroups",
-                           "vocab_size", "residual_in_fp32", "weight_bits", "group_size"};
+                           "vocab_size", "residual_in_fp32", "weight_bits", "group_size", "packed_embedding"};
     const int64_t wide[] = {mamba1() ? 1 : 2, m.layers,        m.dt_rank, mamba1() ? 0 : m.heads, m.groups,
-                            m.vocab,          m.wide_residual, m.bits,    m.group};
-    std::array<int32_t, 9> values;
+                            m.vocab,          m.wide_residual, m.bits,    m.group,                packed_embedding()};
+    std::array<int32_t, 10> values;
     std::vector<PluginField> fields;
     for (size_t i = 0; i < values.size(); i++) {
       values[i] = static_cast<int32_t>(wide[i]);
@@ -242,6 +246,7 @@ class Run {
     const Model& m = node_.m;
     const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
     p.dtype = node_.dtype(), p.weight_bits = m.bits, p.group_size = m.group;
+    p.embedding_packed = node_.packed_embedding();
     p.family = node_.mamba1() ? 1 : 2, p.batch = narrow(node_.batch), p.n_layer = narrow(m.layers);
     p.d_model = narrow(m.d_model), p.d_inner = narrow(m.d_inner), p.d_state = narrow(m.d_state), p.d_conv = narrow(m.d_conv);
     p.dt_rank = narrow(m.dt_rank), p.vocab_size = narrow(m.vocab), p.nheads = narrow(m.heads), p.ngroups = narrow(m.groups);
@@ -370,8 +375,8 @@ void walk_stacks(const Library& library, bool quick) {
       {"mamba2 groups", 2, 256, 512, 64, 4, 0, 16, 4, 300, 300, true, true, false},
       {"mamba2 odd", 2, 36, 52, 20, 5, 0, 4, 1, 61, 64, false, true, true},
       {"int8", 2, 128, 256, 16, 4, 8, 1, 1, 300, 300, true, true, false, 8},
-      {"int4 in 64", 2, 256, 512, 16, 4, 16, 1, 1, 300, 300, true, true, false, 4, 64},
-      {"mamba2 int4 in 128, int8", 3, 256, 512, 64, 4, 0, 16, 4, 300, 300, true, true, false, 4, 128, true}};
+      {"int4 in 64", 2, 256, 512, 16, 4, 16, 1, 1, 300, 300, true, true, true, 4, 64},
+      {"mamba2 int4 in 128, int8", 3, 256, 512, 64, 4, 0, 16, 4, 300, 300, true, true, true, 4, 128, true}};
   if (!quick) {
     models.push_back({"768", 2, 768, 1536, 16, 4, 48, 1, 1, 997, 1000, true, true, true});
     models.push_back({"mamba2 384", 3, 384, 768, 128, 4, 0, 12, 1, 300, 300, true, true, true});

@@ -92,6 +92,18 @@ Vector large_product(const Params& p, int own, const void* weight, int64_t rows,
   return y;
 }
 
+// A row of packed integers stands for values of the model's type.
+Vector embedding_row(const Params& p, int64_t token) {
+  if (!p.embedding_packed) return row_of(p.embedding, p.dtype, token * p.d_model, p.d_model);
+  const int bits = p.head_bits ? p.head_bits : p.weight_bits;
+  const int32_t scales = p.group_size ? (p.d_model + p.group_size - 1) / p.group_size : 1;
+  const int64_t bytes = mamba_decode_row_bytes(bits, p.d_model, scales);
+  Vector x = packed_row(p, bits, static_cast<const unsigned char*>(p.embedding) + token * bytes, p.d_model);
+  uint16_t rounded = 0;
+  for (double& value : x) store(&rounded, p.dtype, 0, value), value = load(&rounded, p.dtype, 0);
+  return x;
+}
+
 Vector rms_norm(const Vector& x, const void* weight, int32_t dtype, double eps) {
   double squares = 0.0;
   for (const double v : x) squares += v * v;
@@ -201,7 +213,7 @@ std::vector<char> random_packed(int bits, int64_t rows, int32_t width, int32_t s
 
 void reference_stack(const Params& p) {
   for (int64_t row = 0; row < p.batch; row++) {
-    Vector x = row_of(p.embedding, p.dtype, p.input_ids[row] * p.d_model, p.d_model), residual(x.size());
+    Vector x = embedding_row(p, p.input_ids[row]), residual(x.size());
     for (int i = 0; i < p.n_layer; i++) {
       const Layer& l = p.layers[i];
       add(p, &residual, x);

@@ -8,7 +8,7 @@
  *  - fused: one cooperative launch for all layers and tokens, one block to a multiprocessor;
  *  - chain: four kernels a layer, for a CUDA graph; covers every shape and any batch, one token a call.
  *
- * Integer weights: with weight_bits 8 or 4, in_proj, out_proj and lm_head hold rows of integers q that stand for
+ * Integer weights: with weight_bits 8 or 4, in_proj, out_proj, lm_head and, if wanted, the embedding hold rows of integers q that stand for
  * scale * (q - zero), one scale (and zero) to `group_size` neighbours of a row; everything else stays as it is, T being float16
  * or bfloat16. Of 8 bits q is signed and zero is 0; of 4 bits q is 0 to 15 and zero is 8, or a whole number from 0 to 15 if
  * zero_points is set. Where weight_bits is 4, single matrices may be of 8 bits (the fields named *_bits), in the same groups.
@@ -72,7 +72,7 @@ typedef struct {
   int32_t tactic;           /* -1: fused where it covers the shape; 0: chain; 1: fused */
   float norm_eps, gated_norm_eps;
   const mamba_decode_layer* layers; /* host memory, n_layer of them */
-  const void* embedding;            /* T [>= vocab_size, d_model] */
+  const void* embedding;            /* T [>= vocab_size, d_model], or rows of integers (embedding_packed) */
   const void* norm_f;               /* T [d_model] */
   const void* lm_head;              /* T [>= vocab_size, d_model] */
   const int64_t* input_ids;         /* [batch, n_forced] */
@@ -85,6 +85,7 @@ typedef struct {
   int32_t group_size;  /* values that share a scale: a power of two from 32 on; 0: the whole row */
   int32_t zero_points; /* 4 bits: whether groups have zero points of their own */
   int32_t head_bits;   /* as in_proj_bits */
+  int32_t embedding_packed; /* 1: the embedding is rows of integers as the head is; a row of it stands for T */
 } mamba_decode_stack_params;
 
 /* Logits that tie go to the smaller id. The chain takes one step a call and no output_ids. */

@@ -26,7 +26,7 @@ inline const std::vector<Attribute>& attributes() {
       {"family", false, 1, 1, 2},           {"n_layer", false, 1, 1, 4096},      {"dt_rank", false, 0, 0, 1 << 20},
       {"nheads", false, 0, 0, 1 << 20},     {"ngroups", false, 1, 1, 1 << 20},   {"vocab_size", false, 1, 1, 1 << 30},
       {"residual_in_fp32", false, 1, 0, 1}, {"norm_eps", true, 1e-5, 0, 1},      {"gated_norm_eps", true, 1e-5, 0, 1},
-      {"weight_bits", false, 0, 0, 8},      {"group_size", false, 0, 0, 1 << 20}};
+      {"weight_bits", false, 0, 0, 8},      {"group_size", false, 0, 0, 1 << 20}, {"packed_embedding", false, 0, 0, 1}};
   return all;
 }
 
@@ -80,18 +80,20 @@ inline const std::vector<Weight>& weights(int family) {
 /* Index of the first input that is no state: where shapes are read first. */
 inline std::size_t first_weight(int n_layer) { return 1 + 2 * static_cast<std::size_t>(n_layer); }
 
-inline std::vector<Operand> inputs(int family, int n_layer, int weight_bits) {
+/* All that a node has whose attributes are those of `p`. */
+inline std::vector<Operand> inputs(const mamba_decode_stack_params& p) {
+  const int family = p.family, n_layer = p.n_layer;
   std::vector<Operand> all = {{"input_ids", "B1", Kind::kIds}};
   for (int i = 0; i < n_layer; i++) {
     all.push_back({"conv_state_" + std::to_string(i), "BXk", Kind::kModel});
     all.push_back({"ssm_state_" + std::to_string(i), family == 1 ? "BIN" : "BHPN", Kind::kFloat32});
   }
-  all.push_back({"embedding", "VM", Kind::kModel});
-  all.push_back({"norm_f", "M", Kind::kModel});
   const auto add = [&](const std::string& name, const Weight& w) {
-    if (weight_bits && w.packed) all.push_back({name, w.packed, Kind::kPacked, w.shape[1]});
+    if (p.weight_bits && w.packed) all.push_back({name, w.packed, Kind::kPacked, w.shape[1]});
     else all.push_back({name, w.shape, w.kind});
   };
+  add("embedding", {"embedding", "VM", Kind::kModel, 0, p.embedding_packed ? "V*" : nullptr});
+  all.push_back({"norm_f", "M", Kind::kModel});
   add("lm_head", {"lm_head", "WM", Kind::kModel, 0, "W*"});
   for (int i = 0; i < n_layer; i++)
     for (const Weight& w : weights(family)) add("layers." + std::to_string(i) + "." + w.name, w);
@@ -107,6 +109,7 @@ mamba_decode_stack_params from_attributes(Get&& get) {
   p.ngroups = whole("ngroups"), p.vocab_size = whole("vocab_size"), p.residual_fp32 = whole("residual_in_fp32");
   p.norm_eps = static_cast<float>(get("norm_eps")), p.gated_norm_eps = static_cast<float>(get("gated_norm_eps"));
   p.weight_bits = whole("weight_bits"), p.group_size = whole("group_size");
+  p.embedding_packed = whole("packed_embedding");
   p.n_forced = p.n_steps = 1, p.tactic = -1;
   return p;
 }
@@ -161,8 +164,10 @@ inline int64_t packed_bytes(const mamba_decode_stack_params& p, int32_t bits, in
  * what is wrong. */
 template <typename Sizes, typename Words>
 std::string set_bits(mamba_decode_stack_params* p, mamba_decode_layer* layers, const Sizes& sizes, Words&& words) {
-  const std::vector<Operand> all = inputs(p->family, p->n_layer, p->weight_bits);
+  const std::vector<Operand> all = inputs(*p);
+  int32_t embedding_bits = 0;
   std::vector<int32_t*> own = {&p->head_bits};
+  if (p->weight_bits && p->embedding_packed) own.insert(own.begin(), &embedding_bits);
   for (int i = 0; i < p->n_layer; i++) own.push_back(&layers[i].in_proj_bits), own.push_back(&layers[i].out_proj_bits);
   auto next = own.begin();
   for (std::size_t i = 0; i < all.size(); i++) {
@@ -178,6 +183,7 @@ std::string set_bits(mamba_decode_stack_params* p, mamba_decode_layer* layers, c
       return "input " + all[i].name + " has rows of " + std::to_string(words(i)) + " words, expected " +
              std::to_string(wanted / 4) + " for " + std::to_string(width) + " values (attributes weight_bits, group_size)";
   }
+  if (own.front() == &embedding_bits && embedding_bits != p->head_bits) return "embedding and lm_head have other integers";
   return "";
 }
 

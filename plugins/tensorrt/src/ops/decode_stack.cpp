@@ -55,7 +55,7 @@ Kind kind_of(stack::Kind kind) {
 Signature signature(const Attributes& attributes) {
   Signature made;
   const int layers = attributes.flag("n_layer");
-  for (const stack::Operand& operand : stack::inputs(attributes.flag("family"), layers, attributes.flag("weight_bits")))
+  for (const stack::Operand& operand : stack::inputs(params_of(attributes)))
     made.inputs.push_back({operand.name, operand.shape, kind_of(operand.kind)});
   made.outputs.push_back({0, static_cast<int64_t>(attributes.get("vocab_size"))});
   made.first = stack::first_weight(layers);
