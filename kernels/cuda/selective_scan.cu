@@ -2,9 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "early_launch.cuh"
 #include "selective_scan_chain_copy.cuh"
-#include "selective_scan_ring_copy.cuh"
 
 namespace mamba::scan {
 namespace {
@@ -42,33 +40,13 @@ bool bc_aligned(const Params& p) {
          rows_aligned(p.C, p.C_batch_stride, p.C_token_stride, e, 16);
 }
 
-bool covers_whole_rows(const Params& p, const Tactic& t) {
-  return p.d_state == kState && bc_aligned(p) && activations_aligned(p, 16) && aligned(p.A, 16) && aligned(p.initial_state, 16) &&
-         t.pieces == 1;
-}
-
 bool covers_chain(const Params& p, const Tactic& t) {
-  if (!covers_whole_rows(p, t) || p.dim / p.ngroups % 8 != 0 ||
+  if (p.d_state != kState || !bc_aligned(p) || !activations_aligned(p, 16) || p.dim / p.ngroups % 8 != 0 || t.pieces != 1 ||
       t.groups < 1 || t.warps < 1 || t.copiers < 1 || t.groups * t.warps + t.copiers > kChainWarps) {
     return false;
   }
   const int slots = p.dtype == MAMBA_F32 ? chain_slots<float>(t) : chain_slots<__half>(t);
   return slots >= ceil_div(t.warps, Chain::kTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
-}
-
-bool short_steps(const Params& p) {  // a tile's bytes are counted in 32 bits
-  const int64_t most = (int64_t(1) << 31) / int64_t(16 * dtype_size(p.dtype));
-  for (int64_t step : {p.u_token_stride, p.delta_token_stride, p.z_token_stride, p.y_token_stride, p.B_token_stride, p.C_token_stride}) {
-    if (step >= most || step <= -most) return false;
-  }
-  return true;
-}
-
-bool covers_ring(const Params& p, const Tactic& t) {
-  if (!covers_whole_rows(p, t) || !short_steps(p) || t.groups < 1 || t.warps < 1 || t.groups * t.warps > kRingWarps || t.copiers > 3 || (t.copiers > 0 && compute_major() < 9)) {
-    return false;
-  }
-  return size_t(p.dtype == MAMBA_F32 ? ring_bytes<float>(t) : ring_bytes<__half>(t)) <= max_shared_bytes();
 }
 
 bool covers(const Params& p, const Tactic& t);
@@ -98,7 +76,6 @@ template <typename T> int run(const Params& p, const Tactic& tactic, cudaStream_
   switch (tactic.kernel) {
     case Tactic::kGeneric: return launch_generic(args, tactic, p.batch, stream);
     case Tactic::kChannel: return launch_channel(args, tactic, p.batch, stream);
-    case Tactic::kRing: return launch_ring(args, tactic, p.batch, stream);
     default: return launch_chain(args, tactic, p.batch, stream);
   }
 }
@@ -110,7 +87,6 @@ bool covers(const Params& p, const Tactic& t) {
     case Tactic::kGeneric: return t.pieces == 1;
     case Tactic::kChannel: return p.d_state == kState && t.pieces >= 1;
     case Tactic::kChain: return covers_chain(p, t);
-    case Tactic::kRing: return covers_ring(p, t);
     default: return false;
   }
 }

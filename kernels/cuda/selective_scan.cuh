@@ -30,13 +30,11 @@ template <typename T> struct Args {
   float* piece_dt;     // [batch, pieces, dim]: sum of dt over the piece
 };
 
-// Which kernel, and: chain: groups of channels in a block, scanning warps of a group, copying warps; ring: groups, warps of
-// a group in a block, the binary logarithm of the blocks of a cluster (in copiers); channel: decays on the FMA pipe (in
-// groups), pieces of the sequence.
+// Which kernel, and: chain: groups of channels in a block, scanning warps of a group, copying warps; channel: decays on
+// the FMA pipe (in groups), pieces of the sequence.
 struct Tactic {
-  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kRing = 3 };
+  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2 };
   int kernel, groups, warps, copiers, pieces;
-  int blocks() const { return 1 << copiers; }
   int code() const { return kernel | groups << 4 | warps << 12 | copiers << 17 | pieces << 20; }
   static Tactic from(int c) { return {c & 15, c >> 4 & 255, c >> 12 & 31, c >> 17 & 7, c >> 20 & 1023}; }
 };
@@ -91,35 +89,24 @@ template <typename T> __device__ __forceinline__ void stage_states(float* dst, c
   *reinterpret_cast<float4*>(dst + 4) = make_float4(f[4], f[5], f[6], f[7]);
 }
 
-// Some neighbouring states of a channel, 16 bytes at a time: code that runs once should be short, its misses are a microsecond.
-template <int N> __device__ __forceinline__ void load_states(float (&v)[N], const float* p) {
-#pragma unroll
-  for (int i = 0; i < N; i += 4) {
-    const Vec<float, 4> part = load_vec<float, 4>(p + i);
-#pragma unroll
-    for (int j = 0; j < 4; j++) v[i + j] = part.v[j];
-  }
-}
-
 // A select, not a branch: both flags are uniform and the softplus is cheap.
 template <typename T> __device__ __forceinline__ float time_step(float v, bool use_softplus) {
   float sp = softplus<sizeof(T) == 4>(v);
   return use_softplus ? sp : v;
 }
 
-// Outputs at padded positions are 0; a block of several for the same channels does its part.
+// Outputs at padded positions are 0.
 template <typename T>
-__device__ void zero_padding(const Args<T>& p, int b, int len, int c0, int c1, int part = 0, int parts = 1) {
+__device__ void zero_padding(const Args<T>& p, int b, int len, int c0, int c1) {
   int width = c1 - c0;
   T* y = p.y + b * p.y_stride.batch;
   int64_t total = int64_t(p.seqlen - len) * width;
-  for (int64_t i = part * blockDim.x + threadIdx.x; i < total; i += parts * blockDim.x) {
+  for (int64_t i = threadIdx.x; i < total; i += blockDim.x) {
     y[(len + i / width) * p.y_stride.token + c0 + i % width] = from_float<T>(0.0f);
   }
 }
 
 template <typename T> int launch_chain(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
-template <typename T> int launch_ring(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 template <typename T> int launch_channel(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 template <typename T> int launch_generic(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 

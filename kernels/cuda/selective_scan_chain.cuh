@@ -141,14 +141,15 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
     float *A = s_A + warp * kStates * 32 + lane, *carry_in = carries + (k * W + before) * kStates * 32 + lane;
     float* carry_out = carries + (k * W + w) * kStates * 32 + lane;
     uint64_t *in_ready = ready + (k * W + before) * kStates, *out_ready = ready + (k * W + w) * kStates;
-    float of_channel[kStates] = {};
-    if (in) load_states(of_channel, p.A + int64_t(c) * kState + half * kStates);
+    // The last warp hands the state before the first token on to warp 0.
 #pragma unroll
-    for (int s = 0; s < kStates; s++) A[s * 32] = of_channel[s] * kLog2e, of_channel[s] = 0.0f;
-    if (w == W - 1) {  // the last warp hands the state before the first token on to warp 0
-      if (in && p.h0) load_states(of_channel, p.h0 + (int64_t(b) * p.dim + c) * kState + half * kStates);
-#pragma unroll
-      for (int s = 0; s < kStates; s++) carry_out[s * 32] = of_channel[s], mbarrier_arrive(out_ready + s);
+    for (int s = 0; s < kStates; s++) {
+      const int state = half * kStates + s;
+      A[s * 32] = in ? p.A[int64_t(c) * kState + state] * kLog2e : 0.0f;
+      if (w == W - 1) {
+        carry_out[s * 32] = in && p.h0 ? p.h0[(int64_t(b) * p.dim + c) * kState + state] : 0.0f;
+        mbarrier_arrive(out_ready + s);
+      }
     }
     int parity = 0, slot = w / L::kTiles % N, lap = w / L::kTiles / N & 1;
     for (int tile = w; tile < spans * L::kTiles; parity ^= 1) {

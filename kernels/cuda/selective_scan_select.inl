@@ -9,16 +9,10 @@ struct ChainBlock {
 };
 constexpr ChainBlock kChainBlocks[] = {{1, 14, 2, 18.7}, {2, 7, 2, 36.4}, {3, 5, 1, 49.6}, {1, 8, 2, 22.5}};
 
-// Clusters of the ring: groups of 32 channels, warps a group in each block, the logarithm of its blocks; nanoseconds per token
-// of a cluster that has its multiprocessors to itself, and of two that share them where shared memory allows.
-struct RingBlock {
-  int groups, warps, log_blocks;
-  double token_ns, shared_ns;
-};
-constexpr RingBlock kRingBlocks[] = {{1, 8, 0, 33.4, 57}, {3, 4, 1, 45.2, 90}, {2, 8, 0, 57, 114}};
-
-double blocks_of(const Params& p, int width) { return double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, width); }
-double waves(const Params& p, int width, int pieces) { return std::ceil(blocks_of(p, width) * pieces / sm_count()); }
+double waves(const Params& p, int width, int pieces) {
+  const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, width) * pieces;
+  return std::ceil(blocks / sm_count());
+}
 
 double channel_us(const Params& p, int pieces) {
   // One or two blocks of 128 channels on a multiprocessor wait for latency, more for the special-function unit.
@@ -29,13 +23,6 @@ double channel_us(const Params& p, int pieces) {
 
 double chain_us(const Params& p, const ChainBlock& b) {
   return 6 + 1e-3 * p.seqlen * b.token_ns * waves(p, 16 * b.groups, 1);
-}
-
-double ring_us(const Params& p, const RingBlock& r, int bytes) {
-  const double clusters = blocks_of(p, 32 * r.groups), slots = sm_count() >> r.log_blocks;
-  const bool two = 2 * size_t(bytes) <= max_shared_bytes();
-  const double token_ns = clusters <= slots ? r.token_ns : two ? r.shared_ns * std::ceil(clusters / (2 * slots)) : r.token_ns * std::ceil(clusters / slots);
-  return 6 + 1e-3 * p.seqlen * token_ns;
 }
 
 // The tactics that cover the shape, fastest first.
@@ -52,10 +39,6 @@ struct Candidates {
       if (pieces > 1 && p.seqlen / pieces >= 32) add(p, {Tactic::kChannel, 1, 4, 0, pieces}, channel_us(p, pieces));
     }
     for (const ChainBlock& b : kChainBlocks) add(p, {Tactic::kChain, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
-    for (const RingBlock& r : kRingBlocks) {
-      const Tactic t{Tactic::kRing, r.groups, r.warps, r.log_blocks, 1};
-      add(p, t, ring_us(p, r, p.dtype == MAMBA_F32 ? ring_bytes<float>(t) : ring_bytes<__half>(t)));
-    }
     add(p, {Tactic::kChannel, 0, 4, 0, 1}, 1e18);
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
   }

@@ -1,4 +1,4 @@
-"""selective_scan's chain and ring, their source as it stands, on the CPU: a thread for every thread of a block.
+"""selective_scan's chain, the source as it stands, on the CPU: a thread for every thread of a block.
 
 Warps of a block hand states on and wait for each other, so that this also tests the protocol: it must not hang, and
 ThreadSanitizer must see every hand-over ordered by a barrier. Only what is PTX is replaced. Speed needs a GPU.
@@ -15,42 +15,26 @@ import pytest
 
 SOURCES = Path(__file__).resolve().parents[2] / "kernels" / "cuda"
 HERE = Path(__file__).resolve().parent
-COMMON = {
-    "ex2": "return std::exp2(x);",
-    "rcp": "return 1.0f / x;",
-    "cp_async": "if (valid) std::memcpy(dst, src, kBytes);",
-    "cp_async_commit": "",
-    "cp_async_wait": "",
-    "mbarrier_init": "emulated_init(bar, arrivals);",
-    "mbarrier_arrive": "emulated_arrive(bar);",
-    "mbarrier_wait": "emulated_wait(bar, parity);",
-}
 BODIES = {
-    "chain": {
-        "common.cuh": COMMON | {"smem_address": "return uint32_t(static_cast<const char*>(p) - scan::shared);"},
-        "selective_scan_chain_copy.cuh": {
-            "cp_async_at": "std::memcpy(shared + dst, src, kBytes);",
-            "mbarrier_arrive_copies": "mbarrier_arrive(bar);",
-        },
+    "common.cuh": {
+        "ex2": "return std::exp2(x);",
+        "rcp": "return 1.0f / x;",
+        "smem_address": "return uint32_t(static_cast<const char*>(p) - scan::shared);",
+        "cp_async": "if (valid) std::memcpy(dst, src, kBytes);",
+        "cp_async_commit": "",
+        "cp_async_wait": "",
+        "mbarrier_init": "emulated_init(bar, arrivals);",
+        "mbarrier_arrive": "emulated_arrive(bar);",
+        "mbarrier_wait": "emulated_wait(bar, parity);",
     },
-    "ring": {
-        "common.cuh": COMMON | {"smem_address": "return uint32_t(static_cast<const char*>(p) - emulation::shared);"},
-        "selective_scan_ring_copy.cuh": {
-            "cluster_rank": "return emulation::rank;",
-            "cluster_size": "return emulation::cluster_blocks;",
-            "cluster_arrive": "",
-            "cluster_wait": "emulation::whole_cluster->arrive_and_wait();",
-            "cluster_address": "return smem_address(p) + uint32_t(rank + 1) * emulation::kWindow;",
-            "hand_on": "emulation::at(address).store(value, std::memory_order_relaxed);",
-            "look": "sched_yield(); return emulation::at(smem_address(place)).load(std::memory_order_relaxed);",
-        },
+    "selective_scan_chain_copy.cuh": {
+        "cp_async_at": "std::memcpy(shared + dst, src, kBytes);",
+        "mbarrier_arrive_copies": "mbarrier_arrive(bar);",
     },
 }
-# A block of a cluster has its own shared memory.
-BLOCK_SHARED = ("extern __shared__ __align__(16) char shared[];", "char* shared = emulation::shared;")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: the scans on the CPU, g++ is missing"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: the chain on the CPU, g++ is missing"),
 ]
 
 
@@ -68,33 +52,27 @@ def with_bodies(source: str, bodies: dict[str, str]) -> str:
     return source
 
 
-def build(folder: Path, kind: str, *options: str) -> Path:
+def build(folder: Path, *options: str) -> Path:
     sources = folder / "cuda"
     shutil.copytree(SOURCES, sources)
     for file in [*(HERE / "emulation").iterdir(), *(HERE / "emulation_chain").iterdir()]:
         if file.suffix != ".cuh":
             shutil.copy(file, sources)
-    for name, bodies in BODIES[kind].items():
+    for name, bodies in BODIES.items():
         (sources / name).write_text(with_bodies((sources / name).read_text(), bodies))
-    if kind == "ring":
-        kernel = sources / "selective_scan_ring.cuh"
-        assert BLOCK_SHARED[0] in kernel.read_text()
-        kernel.write_text(kernel.read_text().replace(*BLOCK_SHARED))
     command = ["g++", "-std=c++20", *options, "-pthread", "-fno-strict-aliasing", "-I", str(sources)]
-    command += ["-I", str(sources / "include"), str(sources / f"{kind}.cpp"), "-o", str(folder / kind)]
+    command += ["-I", str(sources / "include"), str(sources / "chain.cpp"), "-o", str(folder / "chain")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder / kind
+    return folder / "chain"
 
 
-@pytest.mark.parametrize("kind", list(BODIES))
-def test_agrees_with_the_recurrence(tmp_path: Path, kind: str) -> None:
-    done = subprocess.run([str(build(tmp_path, kind, "-O2"))], capture_output=True, text=True, timeout=300)
+def test_agrees_with_the_recurrence(tmp_path: Path) -> None:
+    done = subprocess.run([str(build(tmp_path, "-O2"))], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "WRONG" not in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("kind", list(BODIES))
-def test_every_hand_over_is_ordered(tmp_path: Path, kind: str) -> None:
-    program = build(tmp_path, kind, "-O1", "-g", "-fsanitize=thread")
+def test_every_hand_over_is_ordered(tmp_path: Path) -> None:
+    program = build(tmp_path, "-O1", "-g", "-fsanitize=thread")
     done = subprocess.run([str(program), "few"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stdout + done.stderr[-4000:]

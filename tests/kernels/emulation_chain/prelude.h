@@ -1,4 +1,4 @@
-// What the chain and the ring of selective_scan need of a GPU beyond the emulation of the smaller kernels: blocks whose warps wait
+// What the chain of selective_scan needs of a GPU beyond the emulation of the smaller kernels: blocks whose warps wait
 // for each other, shared memory, barriers in it.
 #pragma once
 
@@ -23,18 +23,7 @@ template <typename F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int
 
 namespace emulation {
 inline thread_local dim3 block_size;
-inline thread_local std::barrier<>*whole_block, *whole_cluster;
-inline thread_local int rank, cluster_blocks;
-inline thread_local char* shared;  // this block's
-
-// Shared memory of a cluster: an address below kWindow is in the own block, the next window is block 0.
-constexpr uint32_t kWindow = 1 << 20;
-struct Shared { alignas(16) char bytes[232448]; };
-inline Shared* windows;
-inline std::atomic<uint64_t>& at(uint32_t address) {
-  char* base = address < kWindow ? shared : windows[address / kWindow - 1].bytes;
-  return *reinterpret_cast<std::atomic<uint64_t>*>(base + address % kWindow);
-}
+inline std::barrier<>* whole_block;
 }  // namespace emulation
 namespace mamba::scan {
 alignas(16) inline char shared[232448];
