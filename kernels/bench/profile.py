@@ -1,0 +1,119 @@
+"""Where the time of a kernel goes, by Nsight Compute: ``python -m kernels.bench.profile``.
+
+Profiles the scans at the shapes whose targets they miss and puts the section "profiles" into RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .run import HERE, render, sections
+
+CASES = (
+    ("selective_scan", (1, 1536, 512)),
+    ("selective_scan", (1, 1536, 2048)),
+    ("selective_scan", (1, 5120, 2048)),
+    ("ssd_scan", (1, 24, 2048)),
+    ("ssd_scan", (1, 80, 2048)),
+    ("ssd_scan", (1, 80, 8192)),
+)
+COLUMNS = {
+    "us": "gpu__time_duration.sum",
+    "blocks": "launch__grid_size",
+    "warps a multiprocessor": "sm__warps_active.avg.per_cycle_active",
+    "issue slots": "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "special function": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
+    "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
+    "shared memory": "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
+    "DRAM": "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+}
+STALL = ("smsp__average_warps_issue_stalled_", "_per_issue_active.ratio")
+EXPLANATION = """One launch under Nsight Compute, clocks as they are (with cold caches, longer than in a table). Shares
+are of the peak while a multiprocessor is active; of shared memory and DRAM, of the whole time. Stalls: the three
+commonest reasons, in warps per issued instruction.
+"""
+
+
+def run_case(op: str, shape: tuple[int, ...]) -> None:
+    """Calls the op three times; ncu takes the last."""
+    import importlib
+
+    import torch
+
+    bench = importlib.import_module(f"kernels.bench.{op}")
+    function = getattr(importlib.import_module(f"kernels.{op}"), op)
+    inputs = bench.make(*shape, 0) if op == "selective_scan" else bench.make(*shape, torch.bfloat16, 0)
+    for _ in range(3):
+        function(**inputs)
+    torch.cuda.synchronize()
+
+
+def measure(op: str, shape: tuple[int, ...], folder: Path) -> list[dict[str, str]]:
+    """The raw metrics of every kernel of the op's last call."""
+    report = folder / "report"
+    inside = [sys.executable, "-m", "kernels.bench.profile", "--inside", op, *map(str, shape)]
+    command = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--set",
+        "full",
+        "--kernel-name-base",
+        "demangled",
+        "-k",
+        "regex:mamba",
+    ]
+    subprocess.run([*command, "-f", "-o", str(report), *inside], check=True, capture_output=True, text=True)
+    raw = ["ncu", "-i", f"{report}.ncu-rep", "--page", "raw", "--csv"]
+    text = subprocess.run(raw, check=True, capture_output=True, text=True).stdout
+    rows = [row for row in csv.DictReader(io.StringIO(text)) if "mamba" in row.get("Kernel Name", "")]
+    return rows[2 * len(rows) // 3 :]
+
+
+def line(case: str, row: dict[str, str]) -> str:
+    def value(name: str) -> str:
+        try:
+            return f"{float(row[name].replace(',', '')):.1f}"
+        except (KeyError, ValueError):
+            return "–"
+
+    stalls: list[tuple[float, str]] = []
+    for name, text in row.items():
+        if name and name.startswith(STALL[0]) and name.endswith(STALL[1]) and text:
+            stalls.append((float(text.replace(",", "")), name.removeprefix(STALL[0]).removesuffix(STALL[1])))
+    worst = ", ".join(f"{reason.replace('_', ' ')} {ratio:.1f}" for ratio, reason in sorted(stalls, reverse=True)[:3])
+    kernel = row["Kernel Name"].split("<")[0].split("(")[0].split("::")[-1].split()[-1]
+    return f"| {case} | {kernel} | " + " | ".join(value(name) for name in COLUMNS.values()) + f" | {worst} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    parser.add_argument("--inside", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.inside:
+        op, *shape = arguments.inside
+        return run_case(op, tuple(map(int, shape)))
+    lines = [
+        "| case | kernel | " + " | ".join(COLUMNS) + " | stalls |",
+        "|---|---|" + "---|" * (len(COLUMNS) + 1),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for op, shape in CASES:
+            found: list[Any] = measure(op, shape, Path(folder))
+            lines += [line(f"{op} {', '.join(map(str, shape))}", row) for row in found]
+            print("\n".join(lines[-len(found) :]), flush=True)
+    parts = sections(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
+    parts["profiles"] = f"## profiles\n\n{EXPLANATION}\n" + "\n".join(lines) + "\n"
+    arguments.out.write_text(render(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
