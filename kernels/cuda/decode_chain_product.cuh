@@ -200,7 +200,7 @@ template <typename T, int kDepth, int kBits = 8 * sizeof(T)> struct Product {
         if (++step == steps) finish();
       }
     }
-    if (step) finish();
+    if (step && first < last) finish();  // a warp without a part has no place among the sums
     __syncthreads();
   }
 

@@ -126,6 +126,7 @@ CASES: dict[str, tuple[Any, ...]] = {
     ),
     "mamba1 fp32 rows": (mamba1(72, n_layer=1, d_conv=3, dt_rank=6, tie_embeddings=False), "fp32", 2, 2, 99),
     "mamba1 odd": (mamba1(35, n_layer=1, d_inner=53, d_state=5, dt_rank=3, d_conv=5), "bf16", 2, 3, 99),
+    "mamba1 warps without a part": (mamba1(384, n_layer=1, d_inner=64), "fp32", 1, 31, 227),
     "mamba2 bf16": (mamba2(64, ngroups=2), "bf16", 1, 3, 227),
     "mamba2 wide state": (mamba2(128, n_layer=1, d_state=144), "fp16", 1, 7, 99),
     "mamba2 odd": (mamba2(36, n_layer=1, d_state=18, headdim=24, nheads=3), "fp32", 2, 2, 99),
