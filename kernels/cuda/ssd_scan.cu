@@ -28,7 +28,7 @@ size_t handoff_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
 ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c);
 
 size_t workspace_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
-  if (c.in_two_passes()) return two_pass_workspace(arguments(p, c), c.two_pass, c.splits);
+  if (c.layout == kTwoPass) return two_pass_workspace(arguments(p, c), c.two_pass, c.splits);
   if (c.splits == 1) return 0;
   if (c.splits == 0) return c.slots() * (handoff_bytes(p, c) + sizeof(unsigned long long));
   return state_bytes(p, c.splits) + sizeof(float) * p.batch * p.nheads * static_cast<size_t>(c.splits);
@@ -68,10 +68,7 @@ ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c) {
   a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel;
   a.dt_min = p.dt_min, a.dt_max = p.dt_max;
   a.blocks_x = c.blocks_x, a.splits = c.splits;
-  if (c.in_two_passes()) {
-    a.ticket = new_ticket();
-    return a;
-  }
+  if (c.layout == kTwoPass) return a;
   if (c.splits == 0) {
     a.handed = static_cast<unsigned long long*>(p.workspace);
     a.handoff = reinterpret_cast<float*>(a.handed + c.slots());
@@ -119,7 +116,7 @@ __global__ void ssd_combine_kernel(ScanArgs p) {
 
 int launch(const mamba_ssd_scan_params& p, const Choice& c, cudaStream_t stream) {
   const ScanArgs a = arguments(p, c);
-  if (c.in_two_passes()) return two_pass_launch(a, p.dtype, c.two_pass, c.splits, p.workspace, stream);
+  if (c.layout == kTwoPass) return two_pass_launch(a, p.dtype, c.two_pass, c.splits, p.workspace, stream);
   if (c.splits == 0) {
     if (!allow_shared(c.stream, c.shared)) return MAMBA_ERROR_CUDA;
     c.stream<<<c.slots(), c.threads, c.shared, stream>>>(a);
@@ -166,9 +163,7 @@ extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32
   Choice chosen;
   if (choose(p, &chosen) != MAMBA_OK) return 0;
   add(chosen.tactic());
-  for (int variant = 0; variant < kTwoPassVariants; variant++) {
-    Choice c;
-    if (!find_two_pass(p, variant, &c)) continue;
+  if (Choice c; find_two_pass(p, &c)) {
     const int best = two_pass_pieces(p, c), most = p.batch * ceil_div(p.seqlen, c.chunk);
     for (const int pieces : {best, 1, (best + 1) / 2, 2 * best}) {
       c.splits = pieces;

@@ -2,8 +2,7 @@
 
 constexpr int kLayouts = 6;        // tried for every size; most have fewer
 constexpr int kHopperLayouts = 2;  // the first ones
-constexpr int kTwoPass = 6;        // the layouts after all others
-constexpr int kTwoPassVariants = 4;
+constexpr int kTwoPass = 6;        // the layout after all others
 constexpr int kMaxGrid = 65535;
 
 struct Device {
@@ -35,7 +34,6 @@ struct Choice {
   Kernel scan = nullptr, stream = nullptr, state = nullptr;
   TwoPassPlan two_pass = {};
 
-  bool in_two_passes() const { return layout >= kTwoPass; }
   int tactic() const { return layout + 1 + 16 * splits; }
   // Blocks that run at once; a multiprocessor keeps 1 KB of shared memory a block for itself.
   int slots() const {
@@ -107,11 +105,11 @@ bool copyable(const mamba_ssd_scan_params& p) {
   return rows && (p.seqlen == 1 || (p.x_token_stride > 0 && p.B_token_stride > 0 && p.C_token_stride > 0));
 }
 
-bool find_two_pass(const mamba_ssd_scan_params& p, int variant, Choice* out) {
+bool find_two_pass(const mamba_ssd_scan_params& p, Choice* out) {
 #ifdef MAMBA_SM90A
   if (device().capability != 90 || p.seqlen == 0 || !wide_access(p) || !copyable(p) || !(p.dt_min >= 0.f)) return false;
-  if (!plan_two_pass(p.dtype, p.headdim, p.d_state, variant, &out->two_pass)) return false;
-  out->layout = kTwoPass + variant, out->chunk = kTwoPassChunk;
+  if (!plan_two_pass(p.dtype, p.headdim, p.d_state, &out->two_pass)) return false;
+  out->layout = kTwoPass, out->chunk = kTwoPassChunk;
   return true;
 #else
   return false;
@@ -158,12 +156,11 @@ void choose_splits(const mamba_ssd_scan_params& p, Choice* c, double* least) {
 int find_choice(const mamba_ssd_scan_params& p, Choice* out) {
   if (p.tactic >= 0) {
     const int layout = p.tactic % 16 - 1;
-    const bool two_pass = layout >= kTwoPass && layout < kTwoPass + kTwoPassVariants;
-    const bool found = layout < 0 ? find_generic(p, out)
-                       : two_pass ? find_two_pass(p, layout - kTwoPass, out)
-                                  : layout < kLayouts && find_layout(p, layout, out);
+    const bool found = layout < 0           ? find_generic(p, out)
+                       : layout == kTwoPass ? find_two_pass(p, out)
+                                            : layout < kLayouts && find_layout(p, layout, out);
     out->splits = p.tactic / 16;
-    if (found && two_pass)
+    if (found && layout == kTwoPass)
       return out->splits > 0 && out->splits <= p.batch * ceil_div(p.seqlen, out->chunk) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
     if (!found || out->splits > kMaxGrid) return MAMBA_ERROR_TACTIC;
     if (out->splits == 0) return out->can_stream(p) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
@@ -171,7 +168,7 @@ int find_choice(const mamba_ssd_scan_params& p, Choice* out) {
   }
   // With a pair of heads for every multiprocessor nothing needs cutting, and one pass is faster; float32 has no other way.
   const bool many = static_cast<int64_t>(p.batch) * p.ngroups * ceil_div(p.nheads / p.ngroups, 2) >= device().sms;
-  if ((p.dtype == MAMBA_F32 || !many) && find_two_pass(p, 0, out)) {
+  if ((p.dtype == MAMBA_F32 || !many) && find_two_pass(p, out)) {
     out->splits = two_pass_pieces(p, *out);
     return MAMBA_OK;
   }

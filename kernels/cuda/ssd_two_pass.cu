@@ -19,9 +19,6 @@ struct Part {
   size_t images(const ScanArgs& a) const { return static_cast<size_t>(rows) * a.nheads * chunks; }
 };
 
-constexpr int kMostWarps = 8;  // of consumers of the first pass
-size_t handoff_floats(const ScanArgs& a) { return static_cast<size_t>(a.headdim) * a.d_state; }
-
 // Heads a block: whole waves of blocks, each block with its start.
 int heads_per_block(const ScanArgs& a, int64_t chunks) {
   const int heads = a.nheads / a.ngroups;
@@ -34,24 +31,6 @@ int heads_per_block(const ScanArgs& a, int64_t chunks) {
   }
   return best;
 }
-
-// How the first pass of a launch is shared out, in clocks: a chunk takes longer for two warpgroups than for one, handing a
-// state over takes as long as two chunks, and what was made without it must be mended.
-struct FirstPass {
-  int kind, run;  // index of TwoPassPlan::states; chunks of a block
-  FirstPass(const TwoPassPlan& plan, int64_t heads, int chunks) {
-    kind = heads * plan.states[1].blocks_per_head <= sm_count() ? 1 : 0, run = chunks;
-    double least = chunks * clocks(kind);
-    for (int k = 0; k < 2 && plan.cut; k++) {
-      const int64_t rows = heads * plan.states[k].blocks_per_head;
-      for (int r = static_cast<int>(ceil_div64(rows * chunks, sm_count())); r < chunks && r <= kMostCut; r++) {
-        const double cost = r * (clocks(k) + 300.0) + (ceil_div(chunks, r) - 1) * 2700.0;
-        if (cost < least) least = cost, kind = k, run = r;
-      }
-    }
-  }
-  static double clocks(int kind) { return kind == 1 ? 1250.0 : 1900.0; }
-};
 
 // Describes [batch, seqlen, columns] to the copy engine, in tiles of 128 tokens x 64 columns.
 bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const ScanArgs& a, int64_t token, int64_t batch) {
@@ -107,8 +86,7 @@ bool allow_shared(const void* kernel, int bytes) {
 size_t two_pass_workspace(const ScanArgs& a, const TwoPassPlan& plan, int pieces) {
   const Part part(a, pieces);
   const size_t carry = pieces > a.batch ? sizeof(float) * part.rows * a.nheads * static_cast<size_t>(a.headdim) * a.d_state : 0;
-  const size_t handed = plan.cut ? (handoff_floats(a) * sizeof(float) + kMostWarps * sizeof(unsigned long long)) * sm_count() : 0;
-  return part.images(a) * plan.image + carry + handed;
+  return part.images(a) * plan.image + carry;
 }
 
 int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int pieces, void* workspace, cudaStream_t stream) {
@@ -117,29 +95,23 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int p
   TwoPassArgs args = {};
   args.scan = a, args.states = workspace;
   args.carry = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + part.images(a) * plan.image);
-  const size_t carry = pieces > a.batch ? static_cast<size_t>(part.rows) * a.nheads * handoff_floats(a) : 0;
-  args.handoff = args.carry + carry;
-  args.handed = reinterpret_cast<unsigned long long*>(args.handoff + handoff_floats(a) * sm_count());
   if (dtype != MAMBA_F32 &&
       !(describe(&args.x, dtype, a.x, a.nheads * a.headdim, a, a.x_token, a.x_batch) &&
         describe(&args.B, dtype, a.B, a.ngroups * a.d_state, a, a.B_token, a.B_batch) &&
         describe(&args.C, dtype, a.C, a.ngroups * a.d_state, a, a.C_token, a.C_batch)))
     return MAMBA_ERROR_CUDA;
-  bool overlap = plan.early;
-  args.first = plan.early, args.spread = plan.spread;
+  bool overlap = false;  // the first launch must wait for whatever made its inputs
   for (int batch = 0; batch < a.batch; batch += part.rows) {
     for (int chunk = 0; chunk < all; chunk += part.chunks) {
       const int rows = part.rows < a.batch - batch ? part.rows : a.batch - batch;
       args.rows = rows, args.batch0 = batch, args.chunk0 = chunk, args.chunks = part.chunks < all - chunk ? part.chunks : all - chunk;
-      const FirstPass first(plan, static_cast<int64_t>(rows) * a.nheads, args.chunks);
-      const TwoPassPlan::States& states = plan.states[first.kind];
-      args.run = first.run;
-      const int64_t all_chunks = static_cast<int64_t>(rows) * a.nheads * states.blocks_per_head * args.chunks;
-      const auto first_blocks = static_cast<unsigned>(ceil_div64(all_chunks, args.run));
+      const bool many = static_cast<int64_t>(rows) * a.nheads * plan.states[1].blocks_per_head <= sm_count();
+      const TwoPassPlan::States& states = plan.states[many ? 1 : 0];
       args.heads_per_block = heads_per_block(a, static_cast<int64_t>(args.chunks) * rows);
-      int status = launch(states.kernel, dim3(first_blocks), states.threads, states.shared, overlap, args, stream);
+      int status = launch(states.kernel, dim3(a.nheads * states.blocks_per_head, rows), states.threads, states.shared, overlap,
+                          args, stream);
       if (status != MAMBA_OK) return status;
-      overlap = true, args.first = 0;
+      overlap = true;
       const int blocks = a.ngroups * ceil_div(a.nheads / a.ngroups, args.heads_per_block);
       status = launch(plan.outputs, dim3(args.chunks * rows * blocks), plan.threads, plan.shared, overlap, args, stream);
       if (status != MAMBA_OK) return status;

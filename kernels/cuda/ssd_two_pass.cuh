@@ -46,18 +46,6 @@ __device__ __forceinline__ void dependents_may_launch() { asm volatile("griddepc
 // Until the kernel before in the stream is done and its writes are visible.
 __device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
-// A flag holds the ticket of its launch when what it stands for is in global memory, and 0 once it was taken.
-__device__ __forceinline__ void raise_flag(unsigned long long* flag, unsigned long long ticket) {
-  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(ticket) : "memory");
-}
-__device__ __forceinline__ void take_flag(unsigned long long* flag, unsigned long long ticket) {
-  unsigned long long seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
-  } while (seen != ticket);
-  asm volatile("st.relaxed.gpu.global.u64 [%0], 0;" ::"l"(flag) : "memory");
-}
-
 // Valid tokens of a row of the batch.
 __device__ __forceinline__ int valid_tokens(const ScanArgs& p, int batch) {
   return p.seq_lens ? max(0, min(p.seqlen, p.seq_lens[batch])) : p.seqlen;

@@ -9,7 +9,6 @@ namespace mamba {
 namespace ssd {
 
 constexpr int kTwoPassChunk = 128;  // tokens
-constexpr int kMostCut = 1024;      // chunks of a block of the first pass whose row is cut
 
 struct TwoPassArgs {
   CUtensorMap x, B, C;  // in 128 x 64 tiles of [columns, tokens, batch]; unused for float32
@@ -18,12 +17,7 @@ struct TwoPassArgs {
   float* carry;  // [batch of this launch, nheads, headdim, d_state]: states between launches
   int32_t rows, batch0;     // of the batch, of this launch
   int32_t chunk0, chunks;   // of this launch
-  unsigned long long* handed;  // of the first pass: a flag for every warp of consumers of a block, and what it hands over
-  float* handoff;
-  int32_t run;              // chunks of a block of the first pass, at most a row's
   int32_t heads_per_block;  // of the second pass
-  int32_t first;            // this first pass starts while the kernel before the pair ends
-  int32_t spread;           // a block of the second pass has heads that lie apart: its neighbours have those between
 };
 
 using TwoPassKernel = void (*)(TwoPassArgs);
@@ -36,12 +30,10 @@ struct TwoPassPlan {
   TwoPassKernel outputs;
   int threads, shared;  // of the second pass
   int image;            // bytes
-  bool early, spread;   // see TwoPassArgs
-  bool cut;             // rows may be cut between blocks of the first pass
 };
 
 // Only in builds for Hopper (MAMBA_SM90A). False if there are no such kernels.
-bool plan_two_pass(int dtype, int headdim, int d_state, int variant, TwoPassPlan* plan);
+bool plan_two_pass(int dtype, int headdim, int d_state, TwoPassPlan* plan);
 
 // `pieces` pairs of launches: the rows of the batch, and then the sequence, are taken in parts.
 size_t two_pass_workspace(const ScanArgs& a, const TwoPassPlan& plan, int pieces);

@@ -13,26 +13,24 @@ TwoPassPlan::States states_of() {
 
 // kFew, kMany: warpgroups a block of the first pass, for fewest blocks and for most.
 template <typename T, int kHeadDim, int kState, int kFew, int kMany>
-TwoPassPlan plan_of(int variant) {
+TwoPassPlan plan_of() {
   using L = OutputsLayout<T, kHeadDim, kState>;
-  TwoPassPlan plan = {{states_of<StatesLayout<T, kHeadDim, kState, kFew>>(), states_of<StatesLayout<T, kHeadDim, kState, kMany>>()},
-                      ssd_outputs_kernel<L>, L::kThreads, L::kShared, L::kImage};
-  plan.early = variant >= 1, plan.spread = variant >= 2, plan.cut = variant >= 3;
-  return plan;
+  return {{states_of<StatesLayout<T, kHeadDim, kState, kFew>>(), states_of<StatesLayout<T, kHeadDim, kState, kMany>>()},
+          ssd_outputs_kernel<L>, L::kThreads, L::kShared, L::kImage};
 }
 
 template <typename T>
-bool plan_for(int headdim, int d_state, int variant, TwoPassPlan* plan) {
-  if (headdim == 64 && d_state == 128) *plan = plan_of<T, 64, 128, sizeof(T) == 2 ? 2 : 1, 1>(variant);
-  if (headdim == 64 && d_state == 64) *plan = plan_of<T, 64, 64, 1, 1>(variant);
+bool plan_for(int headdim, int d_state, TwoPassPlan* plan) {
+  if (headdim == 64 && d_state == 128) *plan = plan_of<T, 64, 128, sizeof(T) == 2 ? 2 : 1, 1>();
+  if (headdim == 64 && d_state == 64) *plan = plan_of<T, 64, 64, 1, 1>();
   return headdim == 64 && (d_state == 128 || d_state == 64);
 }
 
 }  // namespace
 
-bool plan_two_pass(int dtype, int headdim, int d_state, int variant, TwoPassPlan* plan) {
-  if (dtype == MAMBA_F32) return plan_for<float>(headdim, d_state, variant, plan);
-  return dtype == MAMBA_BF16 ? plan_for<__nv_bfloat16>(headdim, d_state, variant, plan) : plan_for<__half>(headdim, d_state, variant, plan);
+bool plan_two_pass(int dtype, int headdim, int d_state, TwoPassPlan* plan) {
+  if (dtype == MAMBA_F32) return plan_for<float>(headdim, d_state, plan);
+  return dtype == MAMBA_BF16 ? plan_for<__nv_bfloat16>(headdim, d_state, plan) : plan_for<__half>(headdim, d_state, plan);
 }
 
 }  // namespace ssd

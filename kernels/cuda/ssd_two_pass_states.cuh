@@ -1,11 +1,11 @@
 // First pass: the state before every chunk of 128 tokens.
 //
-// A block has kWgs warpgroups of consumers, each with 64 rows of d_state: its part of the transposed state of a head,
+// A block has one head and kWgs warpgroups of consumers, each with 64 rows of d_state: its part of the transposed state,
 // [64 of d_state][headdim], stays in registers as accumulators. Per chunk h = decay h + B^T (x weight): another warpgroup
 // weighs x in its place in shared memory, ahead of the consumers, whose chain from chunk to chunk is the critical one.
 #pragma once
 
-#include "ssd_two_pass_share.cuh"
+#include "ssd_two_pass.cuh"
 
 namespace mamba {
 namespace ssd {
@@ -22,8 +22,8 @@ struct StatesLayout : TwoPass<T_, kHeadDim_, kState_> {
   static constexpr int kStages = 4 * kStage <= 196608 ? 4 : 2;
   static constexpr int kOut = Base::kParts * Base::kHeadTiles * 2048;  // bytes of a warp's part of an image
   static constexpr int kOutAt = kStages * kStage, kWeightAt = kOutAt + 4 * kWgs * kOut;
-  static constexpr int kDecayAt = kWeightAt + kStages * kTileRows * 4, kCutAt = kDecayAt + 16;
-  static constexpr int kBarrierAt = kCutAt + 4 * kMostCut;
+  static constexpr int kDecayAt = kWeightAt + kStages * kTileRows * 4;
+  static constexpr int kBarrierAt = kDecayAt + 16;
   static constexpr int kShared = kBarrierAt + (3 * kStages + 1) * 8;
   static_assert(Base::kStateTiles % kWgs == 0 && kShared <= 232448, "whole blocks");
 };
@@ -36,11 +36,17 @@ struct StatesShared {
   __device__ uint32_t out(int warp) const { return smem_address(base) + L::kOutAt + warp * L::kOut; }
   __device__ float* weights(int s) const { return reinterpret_cast<float*>(base + L::kWeightAt) + s * kTileRows; }
   __device__ float& decay(int s) const { return reinterpret_cast<float*>(base + L::kDecayAt)[s]; }
-  __device__ float* cut_decays() const { return reinterpret_cast<float*>(base + L::kCutAt); }  // of the chunks of a row's end
   __device__ uint64_t* full(int s) const { return reinterpret_cast<uint64_t*>(base + L::kBarrierAt) + s; }
   __device__ uint64_t* empty(int s) const { return full(L::kStages + s); }
   __device__ uint64_t* weighted(int s) const { return full(2 * L::kStages + s); }
   __device__ uint64_t* landed() const { return full(3 * L::kStages); }  // of a tile whose padding must be cleared
+};
+
+// What a block works on.
+struct StatesItem {
+  int batch, head, part;  // part: of d_state, when several blocks share a head
+  int token0, limit;      // of the row
+  int chunks;             // with valid tokens, of this launch
 };
 
 template <typename L>
@@ -66,7 +72,7 @@ struct StatesConsumer {
 
   __device__ __forceinline__ void load(const TwoPassArgs& args, const StatesItem& at) {
     const ScanArgs& p = args.scan;
-    const float* from = !at.begins ? nullptr : args.chunk0 > 0 ? args.carry : p.initial_state;
+    const float* from = args.chunk0 > 0 ? args.carry : p.initial_state;
     const int64_t row = args.chunk0 > 0 ? at.batch - args.batch0 : at.batch;
     if (from) {
       from += (row * p.nheads + at.head) * L::kHeadDim * L::kState;
@@ -139,60 +145,37 @@ struct StatesConsumer {
     if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.empty(stage));
   }
 
-  // The copy of a state goes out while the matrix unit is at the next chunk.
-  __device__ __forceinline__ void walk(const StatesItem& at, const StatesShared<L>& shared, uint8_t* image) {
-    const int first = at.first;
-    float added[L::kAccumulators][4];
-    begin(shared, first, added);
-    publish(shared, image);
-#pragma unroll 1
-    for (int c = 1; c < at.chunks; c++) {
-      end(shared, first + c - 1, added);
-      begin(shared, first + c, added);
-      publish(shared, image + static_cast<int64_t>(c) * L::kImage);
-    }
-    end(shared, first + at.chunks - 1, added);
-  }
-
-  __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesShared<L>& shared) {
+  __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
+    const int64_t row = static_cast<int64_t>(at.batch - args.batch0) * args.scan.nheads + at.head;
+    uint8_t* image = static_cast<uint8_t*>(args.states) + row * args.chunks * L::kImage + ((at.part * L::kWgs + wg) * 4 + warp) * 2048;
     wait_for_kernel_before();
-    StatesItem at;
-    for (int index = 0; states_item<L>(args, index, at); index++) {
-      uint8_t* image = static_cast<uint8_t*>(args.states) + at.image * L::kImage + ((at.part * L::kWgs + wg) * 4 + warp) * 2048;
-      load(args, at);
-      if (at.chunks > 0) walk(at, shared, image);
-      float before[L::kAccumulators][4];
-      if (!at.begins) {
-        float decay = 1.f;
-        for (int c = 0; c < at.chunks; c++) decay *= shared.cut_decays()[c];
-        Handoff<L>(args, blockIdx.x - 1, wg * 4 + warp).take(before);
-#pragma unroll
-        for (int n = 0; n < L::kAccumulators; n++)
-#pragma unroll
-          for (int r = 0; r < 4; r++) h[n][r] = fmaf(decay, before[n][r], h[n][r]);
+    load(args, at);
+    if (at.chunks > 0) {
+      // The copy goes out while the matrix unit is at the next chunk.
+      float added[L::kAccumulators][4];
+      begin(shared, 0, added);
+      publish(shared, image);
+#pragma unroll 1
+      for (int c = 1; c < at.chunks; c++) {
+        end(shared, c - 1, added);
+        begin(shared, c, added);
+        publish(shared, image + static_cast<int64_t>(c) * L::kImage);
       }
-      if (at.ends)
-        store(args, at);
-      else
-        Handoff<L>(args, blockIdx.x, wg * 4 + warp).give(h);
-      if (!at.begins) {
-        if ((threadIdx.x & 31) == 0) bulk_wait<0>();
-        __syncwarp();
-        mend_copies<L>(image, at.chunks, shared.cut_decays(), before);
-      }
+      end(shared, at.chunks - 1, added);
     }
+    store(args, at);
     if ((threadIdx.x & 31) == 0) bulk_wait<0>();
   }
 };
 
 // x times the weights of its tokens, in place.
 template <typename L>
-__device__ __forceinline__ void states_weigh(int chunks, const StatesShared<L>& shared) {
+__device__ __forceinline__ void states_weigh(const StatesItem& at, const StatesShared<L>& shared) {
   using E = typename L::E;
   const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;  // rows 16 apart share a swizzle
   constexpr int kLow = L::kHeadTiles * kTileBytes;
 #pragma unroll 1
-  for (int c = 0; c < chunks; c++) {
+  for (int c = 0; c < at.chunks; c++) {
     const int stage = c % L::kStages;
     mbarrier_wait(shared.full(stage), c / L::kStages & 1);
     const float* weights = shared.weights(stage) + row;
@@ -230,38 +213,33 @@ __device__ __forceinline__ void states_weigh(int chunks, const StatesShared<L>& 
 
 // The weights of a chunk's tokens and its decay, by one warp.
 template <typename L>
-__device__ __forceinline__ void make_weights(const ScanArgs& p, const StatesItem& at, const StatesShared<L>& shared, int c,
-                                             ChunkDecay<typename L::T>& decay) {
-  const int lane = threadIdx.x & 31, stage = (at.first + c) % L::kStages;
-  decay.finish(p, at.head, at.token0 + c * kTileRows, at.limit);
+__device__ __forceinline__ void make_weights(const ScanArgs& p, const StatesItem& at, const StatesShared<L>& shared, int stage,
+                                             int token0, ChunkDecay<typename L::T>& decay) {
+  const int lane = threadIdx.x & 31;
+  decay.finish(p, at.head, token0, at.limit);
   const float second = __shfl_sync(0xffffffffu, decay.half, 31), first = __shfl_sync(0xffffffffu, decay.half, 0);
   // Behind the block: the rest of its 64 tokens, and for the first 64 the others.
   const float after = decay.half - (decay.before + decay.total) + (lane < 16 ? second : 0.f);
   *reinterpret_cast<float4*>(shared.weights(stage) + lane * 4) = decay.weights(after);
-  if (lane == 0) {
-    shared.decay(stage) = ex2(first + second);
-    if (!at.begins) shared.cut_decays()[c] = ex2(first + second);
-  }
+  if (lane == 0) shared.decay(stage) = ex2(first + second);
 }
 
 template <typename L>
-__device__ __forceinline__ void states_produce(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared, int& clears) {
+__device__ __forceinline__ void states_produce(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
   using T = typename L::T;
   const ScanArgs& p = args.scan;
   const int warp = threadIdx.x / 32, group = at.head / (p.nheads / p.ngroups);
-  const auto stage_of = [&](int c) { return (at.first + c) % L::kStages; };
-  const auto free = [&](int c) { mbarrier_wait(shared.empty(stage_of(c)), ((at.first + c) / L::kStages & 1) ^ 1); };
+  const auto free = [&](int c) { mbarrier_wait(shared.empty(c % L::kStages), (c / L::kStages & 1) ^ 1); };
   const auto token0 = [&](int c) { return at.token0 + c * kTileRows; };
   if (warp >= L::kWeighing) {
-    constexpr int kMakers = 4 - L::kWeighing;  // take turns, over all parts
 #pragma unroll 1
-    for (int c = (warp - L::kWeighing + kMakers - at.first % kMakers) % kMakers; c < at.chunks; c += kMakers) {
+    for (int c = warp - L::kWeighing; c < at.chunks; c += 4 - L::kWeighing) {
       ChunkDecay<T> decay;
       decay.fetch(p, at.batch, at.head, token0(c), at.limit);
       free(c);
-      make_weights<L>(p, at, shared, c, decay);
+      make_weights<L>(p, at, shared, c % L::kStages, token0(c), decay);
       __syncwarp();
-      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.full(stage_of(c)));
+      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.full(c % L::kStages));
     }
   } else if constexpr (L::kParts == 2) {
     const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + group * L::kState + at.part * L::kWgs * 64;
@@ -269,7 +247,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
 #pragma unroll 1
     for (int c = 0; c < at.chunks; c++) {
       const int64_t t = token0(c);
-      const int rows = at.limit - token0(c), stage = stage_of(c);
+      const int rows = at.limit - token0(c), stage = c % L::kStages;
       free(c);
 #pragma unroll
       for (int wg = 0; wg < L::kWgs; wg++)
@@ -284,7 +262,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
   } else {
 #pragma unroll 1
     for (int c = 0; c < at.chunks; c++) {
-      const int stage = stage_of(c), rows = at.limit - token0(c);
+      const int stage = c % L::kStages, rows = at.limit - token0(c);
       const bool clear = rows < kTileRows && at.limit < p.seqlen;
       uint64_t* bar = clear ? shared.landed() : shared.full(stage);
       free(c);
@@ -298,7 +276,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
           tensor_load(shared.x(stage) + i * kTileBytes, args.x, at.head * L::kHeadDim + i * 64, token0(c), at.batch, bar);
       }
       if (clear) {  // the last chunk of a row
-        mbarrier_wait(bar, clears++ & 1);
+        mbarrier_wait(bar, 0);
         clear_rows(shared.B(stage, 0), L::kWgs + L::kHeadTiles, rows);
         fence_async_proxy();
         __syncwarp();
@@ -322,21 +300,20 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  if (args.first) wait_for_kernel_before();  // for the inputs, which the second pass reads without waiting
   dependents_may_launch();
   StatesItem at;
-  int clears = 0;
+  at.part = blockIdx.x % L::kSplit, at.head = blockIdx.x / L::kSplit, at.batch = args.batch0 + blockIdx.y;
+  at.token0 = args.chunk0 * kTileRows, at.limit = valid_tokens(args.scan, at.batch);
+  at.chunks = max(0, min(args.chunks, (at.limit - at.token0 + kTileRows - 1) / kTileRows));
   if (threadIdx.x < L::kProducers) {
-    for (int index = 0; states_item<L>(args, index, at); index++) states_produce<L>(args, at, shared, clears);
+    states_produce<L>(args, at, shared);
   } else if (threadIdx.x < L::kProducers + L::kWeighers) {
-    int chunks = 0;
-    for (int index = 0; states_item<L>(args, index, at); index++) chunks += at.chunks;
-    states_weigh<L>(chunks, shared);
+    states_weigh<L>(at, shared);
   } else {
     StatesConsumer<L> me;
     const int warp = __shfl_sync(0xffffffffu, (threadIdx.x - L::kProducers - L::kWeighers) / 32, 0);  // tells that it is uniform
     me.wg = warp / 4, me.warp = warp % 4;
-    me.run(args, shared);
+    me.run(args, at, shared);
   }
 }
 

@@ -21,7 +21,7 @@ from kernels import nvrtc
 HERE = Path(__file__).parent
 LIMIT = {torch.float32: 2e-5, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
 POINTERS = "x dt B C z y A D dt_bias initial_state final_state seq_lens"
-SIZES = "batch seqlen nheads ngroups dt_softplus d_per_channel heads_per_block chunks spread run"
+SIZES = "batch seqlen nheads ngroups dt_softplus d_per_channel heads_per_block chunks"
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: kernels on the CPU, g++ is missing"),
     pytest.mark.slow,
@@ -58,14 +58,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     (folder / "ssd_wgmma.cuh").write_text('#include "ssd_mma.cuh"\n')
     take("ssd_two_pass.cuh", (r"(?s)__device__ __forceinline__ void tensor_load.*?(?=// Zeros in rows)", ""),
          (r"template <int kPending>\n__device__ __forceinline__ void bulk_wait\(\) \{[^}]*\}\n", ""),
-         *map(body, ("dependents_may_launch", "wait_for_kernel_before", "raise_flag", "take_flag",
-                     "store_shared_16", "load_shared_16", "expect_bytes",
-                     "bulk_load", "bulk_store", "bulk_commit", "bulk_wait_read")))  # fmt: skip
+         *map(body, ("dependents_may_launch", "wait_for_kernel_before", "store_shared_16", "load_shared_16",
+                     "expect_bytes", "bulk_load", "bulk_store", "bulk_commit", "bulk_wait_read")))  # fmt: skip
     memory = (r"extern __shared__ __align__\(1024\) uint8_t memory\[\];", "uint8_t* memory = emu::smem;")
     fence = (r'asm volatile\("fence.mbarrier_init.*\n', "")
     load = (r'asm volatile\("ld\.shared\.v4[\s\S]*?: "r"\((.*)\)\);\n', r"std::memcpy(&v, emu::smem + (\1), 16);\n")
     take("ssd_two_pass_stages.cuh")
-    take("ssd_two_pass_share.cuh")
     take("ssd_two_pass_states.cuh", memory, fence)
     take("ssd_two_pass_outputs.cuh", memory, fence, load)
     command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-fno-strict-aliasing", f"-I{folder}"]
@@ -125,7 +123,6 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return value if value == value else float("inf")  # NaN never passes
 
 
-@pytest.mark.parametrize(("spread", "run"), [(0, 0), (1, 2), (0, 3)])  # run: chunks of a block of the first pass
 @pytest.mark.parametrize(
     ("shape", "dtype", "warpgroups", "heads", "chunks", "more"),
     [
@@ -142,7 +139,7 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
 )
 def test_matches_float64(
     library: ctypes.CDLL, shape: tuple[int, int, int, int], dtype: torch.dtype, warpgroups: int, heads: int,
-    chunks: int, more: str, spread: int, run: int,
+    chunks: int, more: str,
 ) -> None:  # fmt: skip
     inputs = make(*shape, dtype, more)
     expected, final = reference(inputs)
@@ -155,7 +152,7 @@ def test_matches_float64(
     call = Call(*(None if inputs[n] is None else inputs[n].data_ptr() for n in POINTERS.split()))
     call.batch, call.seqlen, call.nheads, call.ngroups = shape
     call.dt_softplus, call.d_per_channel = int(inputs["dt_bias"] is not None), int(inputs["D"].dim() == 2)
-    call.heads_per_block, call.chunks, call.spread, call.run = heads, chunks, spread, run
+    call.heads_per_block, call.chunks = heads, chunks
     library.two_pass(ctypes.byref(call), {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], warpgroups)
     assert error(inputs["y"], expected) < LIMIT[dtype]
     assert error(inputs["final_state"], final) < LIMIT[dtype]

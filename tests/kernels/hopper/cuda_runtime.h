@@ -36,7 +36,6 @@ inline uint32_t __float_as_uint(float f) { uint32_t v; std::memcpy(&v, &f, 4); r
 inline float __int_as_float(int32_t v) { return __uint_as_float(uint32_t(v)); }
 inline int32_t __float_as_int(float f) { return int32_t(__float_as_uint(f)); }
 template <typename T> T __ldcg(const T* p) { return *p; }
-template <typename T> void __stcg(T* p, T v) { *p = v; }
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }

@@ -89,13 +89,6 @@ inline void load_shared_16(uint32_t at, uint32_t (&v)[4]) { std::memcpy(v, emu::
 inline void dependents_may_launch() {}
 inline void wait_for_kernel_before() {}
 inline void fence_async_proxy() {}
-inline void raise_flag(unsigned long long* flag, unsigned long long ticket) {
-  *flag = ticket;
-}
-inline void take_flag(unsigned long long* flag, unsigned long long ticket) {
-  if (*flag != ticket) std::fprintf(stderr, "a flag that was not raised\n"), std::abort();
-  *flag = 0;
-}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
 template <int kPending> void wgmma_wait() {}

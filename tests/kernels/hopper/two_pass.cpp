@@ -14,7 +14,7 @@ struct Call {
   float* final_state;
   const int32_t* seq_lens;
   int32_t batch, seqlen, nheads, ngroups, dt_softplus, d_per_channel;
-  int32_t heads_per_block, chunks, spread, run;  // of a block of the second pass; of one pair of launches; see TwoPassArgs
+  int32_t heads_per_block, chunks;  // of a block of the second pass; of one pair of launches
 };
 
 template <typename T, int kWgs> void run(const Call& q) {
@@ -33,16 +33,11 @@ template <typename T, int kWgs> void run(const Call& q) {
   a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C;
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
   std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * 128, NAN);
-  a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.heads_per_block = q.heads_per_block, a.spread = q.spread;
+  a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.heads_per_block = q.heads_per_block;
   const int all = ceil_div(q.seqlen, kTwoPassChunk), blocks = q.ngroups * ceil_div(q.nheads / q.ngroups, q.heads_per_block);
   for (a.chunk0 = 0; a.chunk0 < all; a.chunk0 += q.chunks) {
     a.chunks = min(q.chunks, all - a.chunk0);
-    a.run = q.run ? min(q.run, a.chunks) : a.chunks;
-    const int blocks1 = ceil_div(q.batch * q.nheads * States::kSplit * a.chunks, a.run);
-    std::vector<unsigned long long> handed(8 * blocks1);
-    std::vector<float> handoff(blocks1 * States::kConsumers * 32, NAN);
-    a.handed = handed.data(), a.handoff = handoff.data(), s.ticket = 17;
-    emu::run(dim3(blocks1), States::kThreads, [&] { ssd_states_kernel<States>(a); });
+    emu::run(dim3(q.nheads * States::kSplit, q.batch), States::kThreads, [&] { ssd_states_kernel<States>(a); });
     emu::run(dim3(a.chunks * q.batch * blocks), Outputs::kThreads, [&] { ssd_outputs_kernel<Outputs>(a); });
   }
 }
