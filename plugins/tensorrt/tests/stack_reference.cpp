@@ -99,7 +99,7 @@ Vector embedding_row(const Params& p, int64_t token) {
   const int32_t scales = p.group_size ? (p.d_model + p.group_size - 1) / p.group_size : 1;
   const int64_t bytes = mamba_decode_row_bytes(bits, p.d_model, scales);
   Vector x = packed_row(p, bits, static_cast<const unsigned char*>(p.embedding) + token * bytes, p.d_model);
-  uint16_t rounded = 0;
+  uint32_t rounded = 0;  // room for any type
   for (double& value : x) store(&rounded, p.dtype, 0, value), value = load(&rounded, p.dtype, 0);
   return x;
 }
@@ -172,7 +172,7 @@ Vector mamba2(const Params& p, const Layer& l, int64_t row, const Vector& x) {
 }
 
 void add(const Params& p, Vector* residual, const Vector& x) {
-  uint16_t rounded = 0;
+  uint32_t rounded = 0;  // room for any type
   for (size_t i = 0; i < x.size(); i++) {
     double& value = (*residual)[i];
     value += x[i];
