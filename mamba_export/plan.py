@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mamba_export.bundle import MANIFEST, WEIGHTS, Bundle
+from mamba_export.bundle import MANIFEST, STEP, WEIGHTS, Bundle
 from mamba_export.devices import Device
 from mamba_export.errors import UsageError
 from mamba_export.runtime.prefill import CHUNK
@@ -35,7 +35,7 @@ class Plan:
 
     Attributes:
         mode: ``step`` (the step graph alone, low memory) or ``prefill+step``.
-        weights: in the bundle's file.
+        weights: in the bundle's file, or of it what the step graph takes.
         packed: the second copy that ONNX Runtime packs on a CPU for faster steps, and the tied embedding, which both
             graphs map and which so counts twice as resident.
         states: all buffers of all rows.
@@ -81,6 +81,7 @@ def plan_memory(
     chunk: int = CHUNK,
     step_only: bool = False,
     weights: float | None = None,
+    step_weights: float | None = None,
 ) -> Plan:
     """Memory and the bandwidth-bound speed of a model on a device.
 
@@ -92,6 +93,7 @@ def plan_memory(
         chunk: tokens a prefill call takes at most.
         step_only: without the prefill graph, and without packed weights.
         weights: size of the weights, when it is known better than from the spec.
+        step_weights: of those of the step graph alone, if they are fewer: a fused step has rows of its own.
 
     Raises:
         UsageError: an argument is out of range.
@@ -101,6 +103,7 @@ def plan_memory(
     if batch < 1 or chunk < 1:
         raise UsageError(f"batch = {batch} and chunk = {chunk} must be at least 1")
     weights = weight_bytes(spec, dtype) if weights is None else weights
+    step_weights = weights if step_weights is None else step_weights
     one_state = state_bytes(spec, dtype)
     activation = 4 if dtype == "fp32" else 2
     logits = batch * spec.vocab_size * 4
@@ -114,7 +117,7 @@ def plan_memory(
         dtype=dtype,
         batch=batch,
         mode="step" if step_only else "prefill+step",
-        weights=weights,
+        weights=step_weights if step_only else weights,
         packed=packed,
         states=_STATE_SETS * batch * one_state,
         workspace=scratch + logits + products,
@@ -122,7 +125,7 @@ def plan_memory(
         available=device.memory - device.reserved,
         tokens_per_second=batch
         * device.bandwidth
-        / (_read_per_step(spec, dtype, weights, batch) + 2 * batch * one_state),
+        / (_read_per_step(spec, dtype, step_weights, batch) + 2 * batch * one_state),
     )
 
 
@@ -165,19 +168,39 @@ def _read_per_step(spec: ModelSpec, dtype: str, weights: float, batch: int) -> f
     return weights - (spec.padded_vocab_size - batch) * row
 
 
-def open_spec(path: str | Path) -> tuple[ModelSpec, str, float | None]:
-    """The model in a bundle or checkpoint: its spec, dtype, and the size of its weights if that is a bundle's.
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model before it is planned.
+
+    Attributes:
+        dtype: its own.
+        weights: bytes of a bundle's weights, None for a checkpoint.
+        step_weights: of those, the bytes that the step graph refers to.
+    """
+
+    spec: ModelSpec
+    dtype: str
+    weights: float | None = None
+    step_weights: float | None = None
+
+
+def open_model(path: str | Path) -> Model:
+    """The model in a bundle or checkpoint.
 
     Raises:
         UsageError: there is neither at ``path``.
+        BundleError: the bundle's step graph is damaged.
         CheckpointError: the checkpoint is damaged or not supported.
     """
     if (Path(path) / MANIFEST).is_file():
+        from mamba_export.engine.onnx_wire import external_bytes  # the engine's package plans kits
+
         bundle = Bundle(path, check=False)
-        return bundle.spec, bundle.manifest.dtype, float(bundle.manifest.files[WEIGHTS]["bytes"])
+        step = external_bytes(bundle.file(STEP).read_bytes()) if STEP in bundle.manifest.files else None
+        return Model(bundle.spec, bundle.manifest.dtype, float(bundle.manifest.files[WEIGHTS]["bytes"]), step)
     from mamba_export.checkpoint import open_checkpoint
     from mamba_export.extras import require
 
     require("torch", "safetensors", extra="export", purpose="reading a checkpoint")
     with open_checkpoint(path) as checkpoint:
-        return checkpoint.spec, checkpoint.dtype, None
+        return Model(checkpoint.spec, checkpoint.dtype)

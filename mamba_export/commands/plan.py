@@ -49,24 +49,25 @@ def command(
     """
     from mamba_export.devices import DEVICES, Device, get_device
     from mamba_export.errors import UsageError
-    from mamba_export.plan import open_spec, plan_memory
+    from mamba_export.plan import open_model, plan_memory
 
     if (memory is None) != (bandwidth is None):
         raise UsageError("--memory and --bandwidth go together", "like this: --memory 2 --bandwidth 12")
     devices = [get_device(name) for name in names]
     if memory is not None and bandwidth is not None:
         devices.append(Device("custom", "custom", memory * 1e9, bandwidth * 1e9, 0.0, gpu=False))
-    spec, own, weights = open_spec(model)
-    dtype = dtype or own
+    found = open_model(model)
+    own = dtype in (None, found.dtype)
     plans = [
         plan_memory(
-            spec,
+            found.spec,
             device,
-            dtype=dtype,
+            dtype=dtype or found.dtype,
             batch=batch,
             chunk=chunk,
             step_only=step_only,
-            weights=weights if dtype == own else None,
+            weights=found.weights if own else None,
+            step_weights=found.step_weights if own else None,
         )
         for device in devices or DEVICES.values()
         for batch in batches

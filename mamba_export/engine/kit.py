@@ -19,7 +19,7 @@ from mamba_export.engine.onnx_wire import without_functions
 from mamba_export.engine.plugin import source_files, source_folders
 from mamba_export.engine.profiles import DEFAULT_SEQ, ONE, Profile, Range
 from mamba_export.errors import EnvironmentProblem, OutputExistsError, UsageError
-from mamba_export.plan import Plan, open_spec, plan_memory
+from mamba_export.plan import Plan, open_model, plan_memory
 from mamba_export.progress import Progress, silent
 from mamba_export.version import __version__
 
@@ -148,8 +148,15 @@ def _check_output(out: Path, force: bool) -> None:
 
 
 def _plan(bundle: Bundle, device: Device, seq: Range) -> Plan:
-    spec, dtype, weights = open_spec(bundle.path)
-    return plan_memory(spec, device, dtype=dtype, chunk=seq.maximum, weights=weights)
+    model = open_model(bundle.path)
+    return plan_memory(
+        model.spec,
+        device,
+        dtype=model.dtype,
+        chunk=seq.maximum,
+        weights=model.weights,
+        step_weights=model.step_weights,
+    )
 
 
 def _copy_bundle(bundle: Bundle, target: Path, device: Device, tick: Any) -> list[str]:

@@ -1,10 +1,13 @@
-"""Edits of a serialized ONNX model that need no onnx package, so that they work on a bare device."""
+"""Edits and facts of a serialized ONNX model that need no onnx package, so that they work on a bare device."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from mamba_export.errors import BundleError
 
-_FUNCTIONS = 25  # field number of ModelProto.functions
+# Field numbers: ModelProto.functions and .graph, GraphProto.initializer, TensorProto.external_data.
+_FUNCTIONS, _GRAPH, _INITIALIZER, _EXTERNAL = 25, 7, 5, 13
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5  # protobuf wire types
 
 
@@ -27,6 +30,42 @@ def without_functions(model: bytes) -> bytes:
     except (ValueError, IndexError) as error:
         raise BundleError(f"the graph is not an ONNX model: {error}", "export the bundle again") from error
     return b"".join(kept)
+
+
+def external_bytes(model: bytes) -> int:
+    """Bytes of the files beside the model that its initializers refer to; what two share counts once.
+
+    Raises:
+        BundleError: ``model`` is not a serialized protobuf message.
+    """
+    spans = set()
+    try:
+        for graph in _messages(model, _GRAPH):
+            for tensor in _messages(graph, _INITIALIZER):
+                entries = {}
+                for entry in _messages(tensor, _EXTERNAL):
+                    key, value = (next(_messages(entry, field), b"").decode() for field in (1, 2))
+                    entries[key] = value
+                if "length" in entries:
+                    spans.add((entries.get("location", ""), int(entries.get("offset", 0)), int(entries["length"])))
+    except (ValueError, IndexError) as error:
+        raise BundleError(f"the graph is not an ONNX model: {error}", "export the bundle again") from error
+    return sum(length for _, _, length in spans)
+
+
+def _messages(data: bytes, field: int) -> Iterator[bytes]:
+    """The values of a field that is a message or text."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        if tag == field << 3 | _LEN:
+            length, start = _varint(data, at)
+            at = start + length
+            if at > len(data):
+                raise ValueError("truncated")
+            yield data[start:at]
+        else:
+            at = _skip(data, at, tag & 7)
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from mamba_export.engine import Range, build_plugin
-from mamba_export.engine.onnx_wire import without_functions
+from mamba_export.engine.onnx_wire import external_bytes, without_functions
 from mamba_export.engine.plugin import hash_sources, parse_arch, source_files
 from mamba_export.engine.profiles import Profile
 from mamba_export.engine.toolchain import find_headers, find_toolchain, tensorrt_version
@@ -62,6 +62,21 @@ def test_functions_are_stripped_and_nothing_else(make_bundle: Callable[..., Path
 def test_damaged_graphs_are_refused(data: bytes) -> None:
     with pytest.raises(BundleError, match="not an ONNX model"):
         without_functions(data)
+
+
+@pytest.mark.parametrize("graph", ["prefill.onnx", "step.onnx"])
+def test_the_bytes_a_graph_refers_to(graph: str, make_bundle: Callable[..., Path]) -> None:
+    onnx = pytest.importorskip("onnx")
+    data = (make_bundle(target="tensorrt") / graph).read_bytes()
+    spans = set()
+    for tensor in onnx.load_from_string(data).graph.initializer:
+        found = {entry.key: entry.value for entry in tensor.external_data}
+        if found:
+            spans.add((int(found.get("offset", 0)), int(found["length"])))
+    assert len(spans) > 10
+    assert external_bytes(data) == sum(length for _, length in spans)
+    with pytest.raises(BundleError, match="not an ONNX model"):
+        external_bytes(data[: len(data) // 2])
 
 
 def test_headers_say_their_version(tmp_path: Path) -> None:

@@ -235,6 +235,13 @@ def test_the_command_line(cli: Cli, tmp_path: Path) -> None:
     manifest = json.loads(done.stdout)["manifest"]
     assert manifest["nodes"]["step"] == {OP_TYPE: 1} and manifest["dtype"] == "fp16"
     assert manifest["quantization"]["name"] == "w8a16"
+    plans = []
+    for only in ([], ["--step-only"]):
+        done = cli("plan", out, "--device", "orin-nano-8gb", *only, "--json")
+        plans += json.loads(done.stdout)["plans"]
+    assert plans[0]["weights"] == (out / "weights.bin").stat().st_size  # prefill and the step have rows of their own
+    assert 0 < plans[1]["weights"] < 0.7 * plans[0]["weights"]
+    assert plans[0]["tokens_per_second"] == plans[1]["tokens_per_second"]
     for command, recipe in (("onnx", "w8a8"), ("quantize", "fp8")):
         done = cli(command, "--ckpt", ckpt, "--recipe", recipe, "--fuse-step", "-o", tmp_path / "x")
         assert done.returncode == 2
