@@ -150,6 +150,10 @@ bool covers_chain(const Params& p) {
   return ok && (!p.weight_bits || aligned(p.lm_head, 16));
 }
 
+// Where both can, one step of a wide Mamba-2 is faster as a chain: on an H200, 1.77 ms against 1.94 at 2560 x 64, but 0.22 against
+// 0.16 at 768 x 24 (kernels/bench/RESULTS-decode.md). Mamba-1 and integers are faster fused at both.
+bool prefers_chain(const Params& p) { return p.family == 2 && !p.weight_bits && p.d_model >= 2048 && covers_chain(p); }
+
 }  // namespace
 }  // namespace mamba::decode
 
@@ -169,6 +173,7 @@ extern "C" int mamba_decode_stack_tactics(const mamba_decode_stack_params* param
   int count = 0;
   if (covers_fused(*params, plan)) out[count++] = kFused;
   if (covers_chain(*params)) out[count++] = kChain;
+  if (count == 2 && prefers_chain(*params)) out[0] = kChain, out[1] = kFused;
   return count;
 }
 
@@ -178,7 +183,7 @@ extern "C" int mamba_decode_stack(const mamba_decode_stack_params* params, mamba
   const int status = check(p);
   if (status != MAMBA_OK) return status;
   Plan plan;
-  const bool fused = p.tactic != kChain && covers_fused(p, plan);
+  const bool fused = p.tactic != kChain && !(p.tactic < 0 && prefers_chain(p)) && covers_fused(p, plan);
   if (p.tactic > kFused || (p.tactic == kFused && !fused) || (!fused && !covers_chain(p))) return MAMBA_ERROR_TACTIC;
   const auto s = static_cast<cudaStream_t>(stream);
   const size_t needed = fused ? plan.words() * sizeof(Word) : chain_workspace(p);
