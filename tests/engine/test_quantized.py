@@ -56,6 +56,21 @@ def test_recipes_build(recipe: str, quantized: Quantized, record_property: Calla
         assert row["layers"]["DEQUANTIZE"] > 2 * bundle.spec.n_layer
 
 
+@pytest.mark.slow
+def test_a_fused_step_of_packed_rows_builds(
+    quantized: Quantized, record_property: Callable[[str, object], None]
+) -> None:
+    """Through the node's body: the packed integers, as standard ops take them apart."""
+    if not available("tensorrt_rtx"):
+        pytest.skip("NOT TESTED: quantized engines; TensorRT-RTX is not installed (pip install tensorrt-rtx)")
+    bundle = quantized(recipe="w8a16", dtype="fp16", fuse_step=True)
+    rows = build_engines(bundle, BuildOptions("tensorrt-rtx", sm=("89",), seq=Range(1, 64, 256))).engines
+    for row in rows:
+        size = f"{row['bytes'] / 1e6:.1f} MB"
+        record_property("engine", f"mamba1-tiny   {row['kind']:<8} sm_89 · w8a16, fused step · {size}")
+    assert sorted(row["kind"] for row in rows) == ["prefill", "step"]
+
+
 def relative(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
