@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from mamba_export.errors import BundleError
@@ -17,19 +18,8 @@ def without_functions(model: bytes) -> bytes:
     Raises:
         BundleError: ``model`` is not a serialized protobuf message.
     """
-    kept, at = [], 0
-    try:
-        while at < len(model):
-            start = at
-            tag, at = _varint(model, at)
-            at = _skip(model, at, tag & 7)
-            if at > len(model):
-                raise ValueError("truncated")
-            if tag >> 3 != _FUNCTIONS:
-                kept.append(model[start:at])
-    except (ValueError, IndexError) as error:
-        raise BundleError(f"the graph is not an ONNX model: {error}", "export the bundle again") from error
-    return b"".join(kept)
+    with _reading():
+        return b"".join(model[start:end] for tag, start, _, end in _fields(model) if tag >> 3 != _FUNCTIONS)
 
 
 def external_bytes(model: bytes) -> int:
@@ -39,7 +29,7 @@ def external_bytes(model: bytes) -> int:
         BundleError: ``model`` is not a serialized protobuf message.
     """
     spans = set()
-    try:
+    with _reading():
         for graph in _messages(model, _GRAPH):
             for tensor in _messages(graph, _INITIALIZER):
                 entries = {}
@@ -48,24 +38,33 @@ def external_bytes(model: bytes) -> int:
                     entries[key] = value
                 if "length" in entries:
                     spans.add((entries.get("location", ""), int(entries.get("offset", 0)), int(entries["length"])))
+    return sum(length for _, _, length in spans)
+
+
+@contextlib.contextmanager
+def _reading() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, IndexError) as error:
         raise BundleError(f"the graph is not an ONNX model: {error}", "export the bundle again") from error
-    return sum(length for _, _, length in spans)
 
 
 def _messages(data: bytes, field: int) -> Iterator[bytes]:
     """The values of a field that is a message or text."""
+    return (data[body:end] for tag, _, body, end in _fields(data) if tag == field << 3 | _LEN)
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Of every field of a message: tag, where it starts, where its value does (behind a length), and its end."""
     at = 0
     while at < len(data):
+        start = at
         tag, at = _varint(data, at)
-        if tag == field << 3 | _LEN:
-            length, start = _varint(data, at)
-            at = start + length
-            if at > len(data):
-                raise ValueError("truncated")
-            yield data[start:at]
-        else:
-            at = _skip(data, at, tag & 7)
+        body = _varint(data, at)[1] if tag & 7 == _LEN else at
+        at = _skip(data, at, tag & 7)
+        if at > len(data):
+            raise ValueError("truncated")
+        yield tag, start, body, at
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
