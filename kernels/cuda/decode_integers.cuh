@@ -20,7 +20,7 @@ constexpr int kUnit = 64;  // bytes of integers that four lanes have
 
 __host__ __device__ inline Packing packing_of(const mamba_decode_stack_params& p, int width, int bits) {
   Packing f{0, width * bits / 8, 0, 30};
-  const int groups = p.group_size ? ceil_div(width, p.group_size) : 1;
+  const int groups = mamba_decode_scales(p.group_size, width);
   for (int k = 5; k < 30; k++) f.shift = p.group_size == 1 << k ? k : f.shift;
   f.zeros = p.zero_points && bits == 4 ? groups : 0;
   // An odd number of units: neighbouring rows lie in other banks of shared memory.

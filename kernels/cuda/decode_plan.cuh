@@ -49,6 +49,7 @@ constexpr int kHeldRows = 8 * kHeldUnits;  // places for so many rows, whatever 
 constexpr int kHeldTerms = 52;  // floats from row to row, of which 4 * kWarps are terms: no bank conflicts
 
 // `width` is 64 times the steps of a row: its values, or of integers its bytes.
+inline int stepped_width(int bits, int width) { return bits ? width * bits / 8 : width; }
 inline int segments_of(int width) { return width % 256 == 0 ? 4 : width % 128 == 0 ? 2 : 1; }
 
 // `bits` of integers, 0: none. `chunks`: of 64 values, that a warp of a HeldProduct has; 0: none.
@@ -58,7 +59,7 @@ inline Shape shape_of(const Params& p, int bits, int most, int width, int shift,
   s.most = most, s.width = width, s.shift = shift;
   if (sizeof(T) == 2) {
     if (bits) s.packed = packing_of(p, width, bits);
-    const int stepped = bits ? width * bits / 8 : width;
+    const int stepped = stepped_width(bits, width);
     s.segments = segments_of(stepped);  // few rows: as many pieces as there are; else as few as make a tile fit a slot
     while (s.segments > 1 && most > 16 / s.segments && (16 / s.segments) < (1 << shift)) s.segments /= 2;
     s.steps = stepped / (64 * s.segments);

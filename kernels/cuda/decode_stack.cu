@@ -19,7 +19,7 @@ template <typename T> int row_bytes(const Params& p, int bits, int width) {
   return bits ? packing_of(p, width, bits).row_bytes : width * int(sizeof(T));
 }
 template <typename T> int least_rows(int bits, int width) {
-  return sizeof(T) == 2 ? 16 / segments_of(bits ? width * bits / 8 : width) : 1;
+  return sizeof(T) == 2 ? 16 / segments_of(stepped_width(bits, width)) : 1;
 }
 
 // Bytes of a slot that suits such matrices; 0: none does. Its rows are a power of two, for tensor cores enough to fill a tile.

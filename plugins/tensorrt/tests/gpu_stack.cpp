@@ -73,7 +73,7 @@ struct Node {
   }
   int32_t columns(const stack::Operand& operand) const { return static_cast<int32_t>(size(operand.columns)); }
   int32_t scales(const stack::Operand& operand) const {
-    return m.group ? (columns(operand) + m.group - 1) / m.group : 1;
+    return mamba_decode_scales(m.group, columns(operand));
   }
   int64_t words(const stack::Operand& operand) const {
     return mamba_decode_row_bytes(bits(operand), columns(operand), scales(operand)) / 4;

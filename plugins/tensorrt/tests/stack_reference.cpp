@@ -77,16 +77,34 @@ Vector packed_row(const Params& p, int bits, const unsigned char* row, int64_t w
   return values;
 }
 
+// Rows of packed integers, one behind the other; `own`: their bits where those are not the model's.
+struct PackedRows {
+  const Params& p;
+  int bits;
+  int32_t width;
+  const unsigned char* memory;
+
+  PackedRows(const Params& p, int own, const void* memory, int64_t width)
+      : p(p), bits(own ? own : p.weight_bits), width(static_cast<int32_t>(width)),
+        memory(static_cast<const unsigned char*>(memory)) {}
+  Vector operator[](int64_t row) const {
+    return packed_row(p, bits, memory + row * mamba_decode_row_bytes(bits, width, mamba_decode_scales(p.group_size, width)), width);
+  }
+};
+
+double rounded(int32_t dtype, double value) {
+  uint32_t memory = 0;  // room for any type
+  store(&memory, dtype, 0, value);
+  return load(&memory, dtype, 0);
+}
+
 // The product of in_proj, out_proj or the head; `own`: its own bits.
 Vector large_product(const Params& p, int own, const void* weight, int64_t rows, const Vector& x) {
   if (p.weight_bits == 0) return product(weight, p.dtype, rows, x);
-  const auto width = static_cast<int32_t>(x.size());
-  const int32_t scales = p.group_size ? (width + p.group_size - 1) / p.group_size : 1;
-  const int bits = own ? own : p.weight_bits;
-  const int64_t bytes = mamba_decode_row_bytes(bits, width, scales);
+  const PackedRows matrix(p, own, weight, static_cast<int64_t>(x.size()));
   Vector y(static_cast<size_t>(rows));
   for (int64_t r = 0; r < rows; r++) {
-    const Vector row = packed_row(p, bits, static_cast<const unsigned char*>(weight) + r * bytes, width);
+    const Vector row = matrix[r];
     for (size_t i = 0; i < x.size(); i++) y[static_cast<size_t>(r)] += row[i] * x[i];
   }
   return y;
@@ -95,12 +113,8 @@ Vector large_product(const Params& p, int own, const void* weight, int64_t rows,
 // A row of packed integers stands for values of the model's type.
 Vector embedding_row(const Params& p, int64_t token) {
   if (!p.embedding_packed) return row_of(p.embedding, p.dtype, token * p.d_model, p.d_model);
-  const int bits = p.head_bits ? p.head_bits : p.weight_bits;
-  const int32_t scales = p.group_size ? (p.d_model + p.group_size - 1) / p.group_size : 1;
-  const int64_t bytes = mamba_decode_row_bytes(bits, p.d_model, scales);
-  Vector x = packed_row(p, bits, static_cast<const unsigned char*>(p.embedding) + token * bytes, p.d_model);
-  uint32_t rounded = 0;  // room for any type
-  for (double& value : x) store(&rounded, p.dtype, 0, value), value = load(&rounded, p.dtype, 0);
+  Vector x = PackedRows(p, p.head_bits, p.embedding, p.d_model)[token];
+  for (double& value : x) value = rounded(p.dtype, value);
   return x;
 }
 
@@ -172,13 +186,10 @@ Vector mamba2(const Params& p, const Layer& l, int64_t row, const Vector& x) {
 }
 
 void add(const Params& p, Vector* residual, const Vector& x) {
-  uint32_t rounded = 0;  // room for any type
   for (size_t i = 0; i < x.size(); i++) {
     double& value = (*residual)[i];
     value += x[i];
-    if (p.residual_fp32 || p.dtype == MAMBA_F32) continue;
-    store(&rounded, p.dtype, 0, value);
-    value = load(&rounded, p.dtype, 0);
+    if (!p.residual_fp32 && p.dtype != MAMBA_F32) value = rounded(p.dtype, value);
   }
 }
 

@@ -36,6 +36,11 @@ extern "C" {
 
 enum { MAMBA_DECODE_MAX_LAYERS = 128 };
 
+/* Scales of a row of `width` integers. */
+MAMBA_HOST_DEVICE static inline int32_t mamba_decode_scales(int32_t group_size, int32_t width) {
+  return group_size ? (width + group_size - 1) / group_size : 1;
+}
+
 /* Bytes of a row of `width` integers of `bits` with `scales` scales and zero points. */
 MAMBA_HOST_DEVICE static inline int32_t mamba_decode_row_bytes(int32_t bits, int32_t width, int32_t scales) {
   return ((width * bits / 8 + 2 * scales + 63) / 64 | 1) * 64;

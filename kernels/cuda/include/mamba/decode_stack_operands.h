@@ -156,7 +156,7 @@ std::string relations(const mamba_decode_stack_params& p, const Sizes& sizes) {
 
 /* Bytes of a packed row of `bits` in such a model. */
 inline int64_t packed_bytes(const mamba_decode_stack_params& p, int32_t bits, int32_t width) {
-  return mamba_decode_row_bytes(bits, width, p.group_size ? (width + p.group_size - 1) / p.group_size : 1);
+  return mamba_decode_row_bytes(bits, width, mamba_decode_scales(p.group_size, width));
 }
 
 /* Sets the bits of packed matrices in *p and in `layers`, which has room for p->n_layer: those of attribute weight_bits, unless
