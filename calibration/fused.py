@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mamba_export.kernels.library import KernelError
-from mamba_export.kernels.packed_weights import common_format, format_for, told_apart
+from mamba_export.kernels.packed_weights import common_format, format_for, told_apart, width_step
 
 from mamba_export.errors import UsageError
 from mamba_export.fused_step import unsupported
@@ -81,9 +81,10 @@ def _check_formats(recipe: Recipe, schemes: dict[str, tuple[Weights, int]]) -> N
     model = common_format(formats.values())
     for name, form in formats.items():
         columns, promoted = schemes[name][1], recipe.promote.bits and name != "head"
-        if columns % (512 // model.bits):
+        if columns % width_step(model.bits):
             reason = f"a fused step of int{model.bits} has no rows of {columns} values ({name})"
-            raise UsageError(reason, f"widths are multiples of {512 // model.bits}; w8a16 takes those of 64")
+            hint = f"widths are multiples of {width_step(model.bits)}; w8a16 takes those of {width_step(8)}"
+            raise UsageError(reason, hint)
         if (form.bits == 8 or promoted) and not told_apart(model, columns):
             raise UsageError(
                 f"a fused step can't tell int8 rows of {columns} values from int4 ({name} of the recipe {recipe.name})",

@@ -28,6 +28,7 @@ __all__ = [
     "row_bytes",
     "told_apart",
     "unpack",
+    "width_step",
     "within",
 ]
 
@@ -49,6 +50,11 @@ class Format:
         return -(-columns // self.group) if self.group else 1
 
 
+def width_step(bits: int) -> int:
+    """Rows of integers of ``bits`` have multiples of so many values."""
+    return 8 * _UNIT // bits
+
+
 def format_for(kind: str, columns: int, group: int, zeros: bool = False) -> Format:
     """The format of rows of ``columns`` values of which ``group`` share a scale; an error says what kernels lack."""
     if kind not in ("int8", "int4"):
@@ -61,9 +67,9 @@ def format_for(kind: str, columns: int, group: int, zeros: bool = False) -> Form
             f"decode_stack has no groups of {group} values", hint="a power of two from 32 on, or whole rows"
         )
     bits = 8 if kind == "int8" else 4
-    if columns * bits % (8 * _UNIT):
+    if columns % width_step(bits):
         raise KernelError(
-            f"decode_stack has no rows of {columns} {kind}", hint=f"widths are multiples of {8 * _UNIT // bits}"
+            f"decode_stack has no rows of {columns} {kind}", hint=f"widths are multiples of {width_step(bits)}"
         )
     return Format(bits, group, zeros)
 
