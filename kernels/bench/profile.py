@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
 import io
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from .run import HERE, render, sections
+import torch
+
+from .run import HERE, put_section
 
 CASES = (
     ("selective_scan", (1, 1536, 512)),
@@ -24,6 +26,7 @@ CASES = (
     ("ssd_scan", (1, 80, 2048)),
     ("ssd_scan", (1, 80, 8192)),
 )
+NCU = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name-base", "demangled", "-k", "regex:mamba"]
 COLUMNS = {
     "us": "gpu__time_duration.sum",
     "blocks": "launch__grid_size",
@@ -43,10 +46,6 @@ commonest reasons, in warps per issued instruction.
 
 def run_case(op: str, shape: tuple[int, ...]) -> None:
     """Calls the op three times; ncu takes the last."""
-    import importlib
-
-    import torch
-
     bench = importlib.import_module(f"kernels.bench.{op}")
     function = getattr(importlib.import_module(f"kernels.{op}"), op)
     inputs = bench.make(*shape, 0) if op == "selective_scan" else bench.make(*shape, torch.bfloat16, 0)
@@ -59,18 +58,7 @@ def measure(op: str, shape: tuple[int, ...], folder: Path) -> list[dict[str, str
     """The raw metrics of every kernel of the op's last call."""
     report = folder / "report"
     inside = [sys.executable, "-m", "kernels.bench.profile", "--inside", op, *map(str, shape)]
-    command = [
-        "ncu",
-        "--clock-control",
-        "none",
-        "--set",
-        "full",
-        "--kernel-name-base",
-        "demangled",
-        "-k",
-        "regex:mamba",
-    ]
-    subprocess.run([*command, "-f", "-o", str(report), *inside], check=True, capture_output=True, text=True)
+    subprocess.run([*NCU, "-f", "-o", str(report), *inside], check=True, capture_output=True, text=True)
     raw = ["ncu", "-i", f"{report}.ncu-rep", "--page", "raw", "--csv"]
     text = subprocess.run(raw, check=True, capture_output=True, text=True).stdout
     rows = [row for row in csv.DictReader(io.StringIO(text)) if row.get("ID", "").isdigit()]  # not that of the units
@@ -107,12 +95,10 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         for op, shape in CASES:
-            found: list[Any] = measure(op, shape, Path(folder))
+            found = measure(op, shape, Path(folder))
             lines += [line(f"{op} {', '.join(map(str, shape))}", row) for row in found]
             print("\n".join(lines[-len(found) :]), flush=True)
-    parts = sections(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
-    parts["profiles"] = f"## profiles\n\n{EXPLANATION}\n" + "\n".join(lines) + "\n"
-    arguments.out.write_text(render(parts), encoding="utf-8")
+    put_section(arguments.out, "profiles", f"## profiles\n\n{EXPLANATION}\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -47,6 +47,13 @@ def render(parts: dict[str, str]) -> str:
     return "\n".join([HEADER, *(parts[op] for op in order)])
 
 
+def put_section(out: Path, name: str, body: str) -> None:
+    """Replaces a section of a results file, or adds it; the others stay."""
+    parts = sections(out.read_text(encoding="utf-8")) if out.is_file() else {}
+    parts[name] = body
+    out.write_text(render(parts), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ops", nargs="*", default=list(TITLES))
@@ -60,12 +67,11 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).multi_processor_count} multiprocessors, "
         f"torch {torch.__version__}; copy bandwidth {ctx.copy_bandwidth / 1e12:.2f} TB/s."
     )
-    parts = sections(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {}
     for op in arguments.ops:
         rows = importlib.import_module(f".{op}", __package__).bench(ctx)
-        parts[op] = f"## {op} ({TITLES.get(op, 'shape')})\n\n{machine}\n\n{table(rows)}\n"
-        print(parts[op], flush=True)
-        arguments.out.write_text(render(parts), encoding="utf-8")
+        body = f"## {op} ({TITLES.get(op, 'shape')})\n\n{machine}\n\n{table(rows)}\n"
+        print(body, flush=True)
+        put_section(arguments.out, op, body)
 
 
 if __name__ == "__main__":
