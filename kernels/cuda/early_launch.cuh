@@ -52,17 +52,21 @@ template <typename T> __device__ __forceinline__ T load_early(const T* p) {
 #ifndef __CUDACC_RTC__
 int compute_major();  // of the current device, read once
 
-// Launches a kernel that calls wait_for_previous.
+// Launches a kernel that calls wait_for_previous, with `shared` bytes of dynamic shared memory.
 template <typename... P>
-int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, P... arguments) {
+int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int shared, cudaStream_t stream, P... arguments) {
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = block, config.stream = stream;
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
   config.attrs = &early, config.numAttrs = compute_major() >= 9 ? 1 : 0;
   const bool launched = cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess;
   return launched && cudaGetLastError() == cudaSuccess ? MAMBA_OK : MAMBA_ERROR_CUDA;
+}
+template <typename... P>
+int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, P... arguments) {
+  return launch_early(kernel, grid, block, 0, stream, arguments...);
 }
 #endif
 

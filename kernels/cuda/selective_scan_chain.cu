@@ -8,8 +8,7 @@ template <typename T> int launch_chain(const Args<T>& args, const Tactic& t, int
   const int bytes = count * L::slot_bytes<T>(t.groups) + L::fixed_bytes(t.groups, t.warps);
   if (!allow_shared<chain_kernel<T>>(bytes)) return MAMBA_ERROR_TACTIC;
   const dim3 grid(args.ngroups * ceil_div(args.group_dim, t.groups * L::kWidth), batch);
-  chain_kernel<T><<<grid, 32 * (t.groups * t.warps + t.copiers), bytes, stream>>>(args, t.groups, t.warps, count);
-  return launch_status();
+  return launch_early(chain_kernel<T>, grid, 32 * (t.groups * t.warps + t.copiers), bytes, stream, args, t.groups, t.warps, count);
 }
 
 template int launch_chain(const Args<float>&, const Tactic&, int, cudaStream_t);

@@ -130,6 +130,8 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
     mbarrier_init(&done[threadIdx.x], L::kTiles * 32 * K);
   }
   __syncthreads();
+  let_next_start();
+  wait_for_previous();
   const int n = row_length(p, b), tiles = ceil_div(n, L::kTokens), spans = ceil_div(n, L::kSpan);
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

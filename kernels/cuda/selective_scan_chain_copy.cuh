@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "early_launch.cuh"
 #include "selective_scan.cuh"
 
 namespace mamba::scan {
