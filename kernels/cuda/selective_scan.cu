@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "selective_scan_chain_copy.cuh"
-#include "selective_scan_matrix_feed.cuh"
 
 namespace mamba::scan {
 namespace {
@@ -50,19 +49,6 @@ bool covers_chain(const Params& p, const Tactic& t) {
   return slots >= ceil_div(t.warps, Chain::kTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
 }
 
-bool covers_matrix(const Params& p, const Tactic& t) {
-  if (p.dtype == MAMBA_F32 || p.d_state != kState || !bc_aligned(p) || !activations_aligned(p, 16) || p.dim / p.ngroups % Matrix::kWidth != 0 ||
-      !aligned(p.A, 8) || !aligned(p.initial_state, 8) || !aligned(p.final_state, 8) ||
-      t.pieces != 1 || t.groups < 1 || t.warps < 1 || t.copiers < 1 ||
-      t.groups * t.warps + t.copiers > kMatrixWarps) {
-    return false;
-  }
-  for (int64_t stride : {p.u_token_stride, p.delta_token_stride, p.z_token_stride, p.y_token_stride, p.B_token_stride, p.C_token_stride}) {
-    if (stride >= int64_t(1) << 28) return false;
-  }
-  return matrix_slots(t) >= t.warps / 2 + 2;  // slots for the tiles at work, one being filled
-}
-
 bool covers(const Params& p, const Tactic& t);
 
 #include "selective_scan_select.inl"
@@ -90,9 +76,6 @@ template <typename T> int run(const Params& p, const Tactic& tactic, cudaStream_
   switch (tactic.kernel) {
     case Tactic::kGeneric: return launch_generic(args, tactic, p.batch, stream);
     case Tactic::kChannel: return launch_channel(args, tactic, p.batch, stream);
-    case Tactic::kMatrix:
-      if constexpr (sizeof(T) == 2) return launch_matrix(args, tactic, p.batch, stream);
-      return MAMBA_ERROR_TACTIC;
     default: return launch_chain(args, tactic, p.batch, stream);
   }
 }
@@ -104,13 +87,12 @@ bool covers(const Params& p, const Tactic& t) {
     case Tactic::kGeneric: return t.pieces == 1;
     case Tactic::kChannel: return p.d_state == kState && t.pieces >= 1;
     case Tactic::kChain: return covers_chain(p, t);
-    case Tactic::kMatrix: return covers_matrix(p, t);
     default: return false;
   }
 }
 
 size_t workspace_of(const Params& p, const Tactic& t) {
-  return t.kernel == Tactic::kChannel && t.pieces > 1 ? sizeof(float) * size_t(p.batch) * t.pieces * p.dim * (kState + 1) : 0;
+  return t.pieces > 1 ? sizeof(float) * size_t(p.batch) * t.pieces * p.dim * (kState + 1) : 0;
 }
 
 }  // namespace

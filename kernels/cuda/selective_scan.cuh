@@ -30,10 +30,10 @@ template <typename T> struct Args {
   float* piece_dt;     // [batch, pieces, dim]: sum of dt over the piece
 };
 
-// Which kernel, and: chain and matrix: groups of channels in a block, scanning warps of a group, copying or feeding warps;
-// channel: decays on the FMA pipe (in groups), pieces of the sequence.
+// Which kernel, and: chain: groups of channels in a block, scanning warps of a group, copying warps; channel: decays on
+// the FMA pipe (in groups), pieces of the sequence.
 struct Tactic {
-  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kMatrix = 3 };
+  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2 };
   int kernel, groups, warps, copiers, pieces;
   int code() const { return kernel | groups << 4 | warps << 12 | copiers << 17 | pieces << 20; }
   static Tactic from(int c) { return {c & 15, c >> 4 & 255, c >> 12 & 31, c >> 17 & 7, c >> 20 & 1023}; }
@@ -107,7 +107,6 @@ __device__ void zero_padding(const Args<T>& p, int b, int len, int c0, int c1) {
 }
 
 template <typename T> int launch_chain(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
-template <typename T> int launch_matrix(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);  // 16-bit T
 template <typename T> int launch_channel(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 template <typename T> int launch_generic(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 

@@ -27,16 +27,6 @@ BODIES = {
         "mbarrier_arrive": "emulated_arrive(bar);",
         "mbarrier_wait": "emulated_wait(bar, parity);",
     },
-    "selective_scan_mma.cuh": {
-        "product_of_four": "emulated_product({d, d + 1, d + 2, d + 3}, {a0, a1, 0, 0}, {b, 0}, false);",
-        "product": "emulated_product({d, d + 1, d + 2, d + 3}, {a0, a1, a2, a3}, {b0, b1}, true);",
-    },
-    "selective_scan_matrix.cuh": {"ex2_here": "return std::exp2(x);"},
-    "selective_scan_matrix_feed.cuh": {
-        "keep": "",
-        "load_global": "return *reinterpret_cast<const uint4*>(p);",
-        "store_global": "*reinterpret_cast<uint4*>(p) = v;",
-    },
     "selective_scan_chain_copy.cuh": {
         "cp_async_at": "std::memcpy(shared + dst, src, kBytes);",
         "mbarrier_arrive_copies": "mbarrier_arrive(bar);",

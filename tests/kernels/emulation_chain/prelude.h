@@ -47,26 +47,3 @@ inline void emulated_arrive(uint64_t* barrier) {
 inline void emulated_wait(uint64_t* barrier, int parity) {
   while (int(word_of(barrier).load() >> 63) == parity) sched_yield();
 }
-
-// A product of the tensor cores: 16 x 8 times 8 x 8, operands as tf32 holds them, lanes as PTX lays them out.
-inline void emulated_product(float* const (&d)[4], const float (&a)[4], const float (&b)[2], bool add) {
-  constexpr int k = 8;
-  auto tf32 = [](float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); };
-  const int g = emulation::lane / 4, q = emulation::lane % 4;
-  float A[2][k], B[2][k];  // the rows and columns this lane needs
-  for (int i = 0; i < k / 2; i++) {
-    for (int from = 0; from < 4; from++) A[i % 2][from + i / 2 * 4] = tf32(emulation::exchange(a[i], g * 4 + from));
-  }
-  for (int i = 0; i < k / 4; i++) {
-    for (int from = 0; from < 4; from++) {
-      for (int column = 0; column < 2; column++) {
-        B[column][from + i * 4] = tf32(emulation::exchange(b[i], (2 * q + column) * 4 + from));
-      }
-    }
-  }
-  for (int i = 0; i < 4; i++) {
-    double sum = add ? *d[i] : 0.0f;
-    for (int j = 0; j < k; j++) sum += double(A[i / 2][j]) * B[i % 2][j];
-    *d[i] = float(sum);
-  }
-}
