@@ -50,21 +50,25 @@ struct OutputsConsumer {
              low[3]);
   }
 
-  // y += the diagonal block times x: one block a warp, so not worth warpgroup products.
-  __device__ __forceinline__ static void add_diagonal(float (&y)[L::kAccumulators][4], const uint32_t (&high)[4],
-                                                      const uint32_t (&low)[4], uint32_t x_rows) {
+  // y += the diagonal block times x: one block a warp, so not worth warpgroup products. Returns what depends on all it read of x.
+  __device__ __forceinline__ static uint32_t add_diagonal(float (&y)[L::kAccumulators][4], const uint32_t (&high)[4],
+                                                          const uint32_t (&low)[4], uint32_t x_rows) {
+    uint32_t used = 0;
 #pragma unroll
     for (int n = 0; n < L::kAccumulators; n += 2) {
       const uint32_t at = Rows::along(x_rows, n % 8) + n / 8 * kTileBytes;
       uint32_t x[4];
       ldmatrix_x4_trans(x, at);
+      used |= x[0];
       Traits<E>::mma(y[n], low, x[0], x[1]), Traits<E>::mma(y[n + 1], low, x[2], x[3]);
       Traits<E>::mma(y[n], high, x[0], x[1]), Traits<E>::mma(y[n + 1], high, x[2], x[3]);
       if constexpr (L::kParts == 2) {
         ldmatrix_x4_trans(x, at + L::kHeadTiles * kTileBytes);
+        used |= x[0];
         Traits<E>::mma(y[n], high, x[0], x[1]), Traits<E>::mma(y[n + 1], high, x[2], x[3]);
       }
     }
+    return used;
   }
 
   // D of every channel, and the gate: both from global memory, in the accumulators' layout.
@@ -226,9 +230,10 @@ struct OutputsConsumer {
       pin(y);
 #pragma unroll
       for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= from_lo, y[n][1] *= from_lo, y[n][2] *= from_hi, y[n][3] *= from_hi;
-      add_diagonal(y, high, low, x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16());
+      uint32_t used = add_diagonal(y, high, low, x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16());
+      used |= high[0] | high[1] | high[3] | __float_as_uint(from_lo) | __float_as_uint(from_hi);  // and of the table
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared.empty(stage));
+      if (lane == 0) mbarrier_arrive_after(shared.empty(stage), used);
 
       if (__builtin_expect(extras, 0)) {
         const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + head * L::kHeadDim;

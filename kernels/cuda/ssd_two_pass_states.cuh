@@ -142,7 +142,7 @@ struct StatesConsumer {
 #pragma unroll
       for (int r = 0; r < 4; r++) h[n][r] = fmaf(decay, h[n][r], added[n][r]);
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.empty(stage));
+    if ((threadIdx.x & 31) == 0) mbarrier_arrive_after(shared.empty(stage), __float_as_uint(decay));
   }
 
   __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
