@@ -107,12 +107,11 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int p
       args.rows = rows, args.batch0 = batch, args.chunk0 = chunk, args.chunks = part.chunks < all - chunk ? part.chunks : all - chunk;
       const bool many = static_cast<int64_t>(rows) * a.nheads * plan.states[1].blocks_per_head <= sm_count();
       const TwoPassPlan::States& states = plan.states[many ? 1 : 0];
-      args.heads_per_block = heads_per_block(a, static_cast<int64_t>(args.chunks) * rows);
+      args.group_blocks = ceil_div(a.nheads / a.ngroups, heads_per_block(a, static_cast<int64_t>(args.chunks) * rows));
       int status = launch(states.kernel, dim3(a.nheads * states.blocks_per_head, rows), states.threads, states.shared, args,
                           stream);
       if (status != MAMBA_OK) return status;
-      const int blocks = a.ngroups * ceil_div(a.nheads / a.ngroups, args.heads_per_block);
-      status = launch(plan.outputs, dim3(args.chunks * rows * blocks), plan.threads, plan.shared, args, stream);
+      status = launch(plan.outputs, dim3(args.chunks * rows * a.ngroups * args.group_blocks), plan.threads, plan.shared, args, stream);
       if (status != MAMBA_OK) return status;
     }
   }
