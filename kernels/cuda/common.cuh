@@ -163,6 +163,9 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* bar, int arrivals) {
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(smem_address(bar)) : "memory");
 }
+// Arrives when `used`, an OR of loads from a buffer that is refilled behind the arrival, is in registers: a load that was only
+// issued may be overtaken. gridDim.z is 1, which the compiler does not know, so the address depends on `used` and is `bar`.
+__device__ __forceinline__ void mbarrier_arrive_after(uint64_t* bar, uint32_t used) { mbarrier_arrive(bar + (used & (gridDim.z - 1))); }
 __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, int parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(

@@ -53,14 +53,15 @@ bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const Sc
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-int launch(TwoPassKernel kernel, dim3 grid, int threads, int shared, bool overlap, const TwoPassArgs& args, cudaStream_t stream) {
+// Every launch may start while the kernel before it ends: both passes wait for that where they must.
+int launch(TwoPassKernel kernel, dim3 grid, int threads, int shared, const TwoPassArgs& args, cudaStream_t stream) {
   if (!allow_shared(kernel, shared)) return MAMBA_ERROR_CUDA;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute, config.numAttrs = overlap ? 1 : 0;
+  config.attrs = &attribute, config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? MAMBA_OK : MAMBA_ERROR_CUDA;
 }
 
@@ -100,20 +101,17 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int p
         describe(&args.B, dtype, a.B, a.ngroups * a.d_state, a, a.B_token, a.B_batch) &&
         describe(&args.C, dtype, a.C, a.ngroups * a.d_state, a, a.C_token, a.C_batch)))
     return MAMBA_ERROR_CUDA;
-  bool overlap = false;  // the first launch must wait for whatever made its inputs
   for (int batch = 0; batch < a.batch; batch += part.rows) {
     for (int chunk = 0; chunk < all; chunk += part.chunks) {
       const int rows = part.rows < a.batch - batch ? part.rows : a.batch - batch;
       args.rows = rows, args.batch0 = batch, args.chunk0 = chunk, args.chunks = part.chunks < all - chunk ? part.chunks : all - chunk;
       const bool many = static_cast<int64_t>(rows) * a.nheads * plan.states[1].blocks_per_head <= sm_count();
       const TwoPassPlan::States& states = plan.states[many ? 1 : 0];
-      args.heads_per_block = heads_per_block(a, static_cast<int64_t>(args.chunks) * rows);
-      int status = launch(states.kernel, dim3(a.nheads * states.blocks_per_head, rows), states.threads, states.shared, overlap,
-                          args, stream);
+      args.group_blocks = ceil_div(a.nheads / a.ngroups, heads_per_block(a, static_cast<int64_t>(args.chunks) * rows));
+      int status = launch(states.kernel, dim3(a.nheads * states.blocks_per_head, rows), states.threads, states.shared, args,
+                          stream);
       if (status != MAMBA_OK) return status;
-      overlap = true;
-      const int blocks = a.ngroups * ceil_div(a.nheads / a.ngroups, args.heads_per_block);
-      status = launch(plan.outputs, dim3(args.chunks * rows * blocks), plan.threads, plan.shared, overlap, args, stream);
+      status = launch(plan.outputs, dim3(args.chunks * rows * a.ngroups * args.group_blocks), plan.threads, plan.shared, args, stream);
       if (status != MAMBA_OK) return status;
     }
   }

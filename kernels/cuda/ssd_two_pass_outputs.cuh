@@ -1,6 +1,7 @@
 // Second pass: y of every chunk of 128 tokens, from the copies of the states.
 //
-// A block has one chunk and some heads of a group. Its two warpgroups of consumers own 64 tokens each; C B^T is made
+// A block has one chunk and some heads of a group, which lie apart: its neighbours read and write the lines between them at
+// the same time. Its two warpgroups of consumers own 64 tokens each; C B^T is made
 // once and stays in registers. A warp owns 16 tokens: what its tokens take from those before the 16 shares a decay from
 // their start, so the scores need the decays of their columns only, from a table; the 16 x 16 block on the diagonal, which
 // weighs most and carries D, is made elementwise, as a sum of two 16-bit values.
@@ -50,21 +51,25 @@ struct OutputsConsumer {
              low[3]);
   }
 
-  // y += the diagonal block times x: one block a warp, so not worth warpgroup products.
-  __device__ __forceinline__ static void add_diagonal(float (&y)[L::kAccumulators][4], const uint32_t (&high)[4],
-                                                      const uint32_t (&low)[4], uint32_t x_rows) {
+  // y += the diagonal block times x: one block a warp, so not worth warpgroup products. Returns what depends on all it read of x.
+  __device__ __forceinline__ static uint32_t add_diagonal(float (&y)[L::kAccumulators][4], const uint32_t (&high)[4],
+                                                          const uint32_t (&low)[4], uint32_t x_rows) {
+    uint32_t used = 0;
 #pragma unroll
     for (int n = 0; n < L::kAccumulators; n += 2) {
       const uint32_t at = Rows::along(x_rows, n % 8) + n / 8 * kTileBytes;
       uint32_t x[4];
       ldmatrix_x4_trans(x, at);
+      used |= x[0];
       Traits<E>::mma(y[n], low, x[0], x[1]), Traits<E>::mma(y[n + 1], low, x[2], x[3]);
       Traits<E>::mma(y[n], high, x[0], x[1]), Traits<E>::mma(y[n + 1], high, x[2], x[3]);
       if constexpr (L::kParts == 2) {
         ldmatrix_x4_trans(x, at + L::kHeadTiles * kTileBytes);
+        used |= x[0];
         Traits<E>::mma(y[n], high, x[0], x[1]), Traits<E>::mma(y[n + 1], high, x[2], x[3]);
       }
     }
+    return used;
   }
 
   // D of every channel, and the gate: both from global memory, in the accumulators' layout.
@@ -173,6 +178,7 @@ struct OutputsConsumer {
     const int64_t t = at.token0 + 64 * kHalf + warp * 16;
     const int rows = at.end - static_cast<int>(t), valid = min(at.limit, at.end) - static_cast<int>(t);
     T* out = static_cast<T*>(p.y) + at.batch * p.y_batch + t * p.y_token + at.head0 * L::kHeadDim;
+    const int next = at.step * L::kHeadDim;
     const bool extras = p.z || p.d_per_channel;
     float y[L::kAccumulators][4];
     uint32_t packed[L::kAccumulators][2];
@@ -180,7 +186,7 @@ struct OutputsConsumer {
     int i = 0;  // a block has a head at least
 #pragma unroll 1
     do {
-      const int stage = i % L::kStages, head = at.head0 + i;
+      const int stage = i % L::kStages, head = at.head0 + i * at.step;
       const uint32_t x_tile = shared.x(stage);
       const uint64_t from_x = descriptor(x_tile, kTileBytes);
       const DecayTable table = shared.table(stage);
@@ -216,7 +222,7 @@ struct OutputsConsumer {
       wgmma_commit();
 
       if constexpr (L::kParts == 1) {
-        if (i > 0) store(packed, out + (i - 1) * L::kHeadDim, p.y_token, rows, shared.out(kHalf * 4 + warp));
+        if (i > 0) store(packed, out + (i - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
       }
       uint32_t high[4], low[4];
       const float* sum = table.sum() + kHalf * 64 + warp * 16;
@@ -226,9 +232,10 @@ struct OutputsConsumer {
       pin(y);
 #pragma unroll
       for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= from_lo, y[n][1] *= from_lo, y[n][2] *= from_hi, y[n][3] *= from_hi;
-      add_diagonal(y, high, low, x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16());
+      uint32_t used = add_diagonal(y, high, low, x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16());
+      used |= high[0] | high[1] | high[3] | __float_as_uint(from_lo) | __float_as_uint(from_hi);  // and of the table
       __syncwarp();
-      if (lane == 0) mbarrier_arrive(shared.empty(stage));
+      if (lane == 0) mbarrier_arrive_after(shared.empty(stage), used);
 
       if (__builtin_expect(extras, 0)) {
         const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + head * L::kHeadDim;
@@ -242,7 +249,7 @@ struct OutputsConsumer {
           for (int n = 0; n < L::kAccumulators; n++) y[n][2 * half] = y[n][2 * half + 1] = 0.f;
         }
       if constexpr (L::kParts == 2) {
-        store_float(y, out + i * L::kHeadDim, p.y_token, rows);
+        store_float(y, out + i * next, p.y_token, rows);
       } else {
 #pragma unroll
         for (int n = 0; n < L::kAccumulators; n++)
@@ -251,7 +258,7 @@ struct OutputsConsumer {
       if (i + 1 < at.heads) from_state(y, i + 1);
     } while (++i < at.heads);
     if constexpr (L::kParts == 1)
-      store(packed, out + (at.heads - 1) * L::kHeadDim, p.y_token, rows, shared.out(kHalf * 4 + warp));
+      store(packed, out + (at.heads - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
   }
 };
 
@@ -263,13 +270,13 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
   using T = typename L::T;
   OutputsItem at;
   const int heads_per_group = p.nheads / p.ngroups;
-  const int blocks = (heads_per_group + args.heads_per_block - 1) / args.heads_per_block;  // of a group
+  const int blocks = args.group_blocks;
   // Early chunks first, of all rows: the first pass makes their states first.
   const int block = blockIdx.x % (blocks * p.ngroups), row = blockIdx.x / (blocks * p.ngroups) % args.rows;
   const int chunk = blockIdx.x / (blocks * p.ngroups * args.rows);
-  const int first = block % blocks * args.heads_per_block;
-  at.group = block / blocks, at.head0 = at.group * heads_per_group + first;
-  at.heads = min(args.heads_per_block, heads_per_group - first);
+  const int first = block % blocks;
+  at.group = block / blocks, at.head0 = at.group * heads_per_group + first, at.step = blocks;
+  at.heads = (heads_per_group - first + blocks - 1) / blocks;
   at.batch = args.batch0 + row, at.token0 = (args.chunk0 + chunk) * kTileRows;
   at.end = min(p.seqlen, at.token0 + kTileRows), at.limit = valid_tokens(p, at.batch);
   at.image = (static_cast<int64_t>(row) * p.nheads + at.head0) * args.chunks + chunk;
@@ -277,10 +284,12 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
   if (at.limit <= at.token0) {  // nothing but padding
     wait_for_kernel_before();
     T* y = static_cast<T*>(p.y) + at.batch * p.y_batch + at.head0 * L::kHeadDim;
-    constexpr int kWide = 16 / sizeof(T);
-    const int pieces = at.heads * L::kHeadDim / kWide;
-    for (int idx = threadIdx.x; idx < (at.end - at.token0) * pieces; idx += L::kThreads)
-      *reinterpret_cast<uint4*>(y + (at.token0 + idx / pieces) * p.y_token + idx % pieces * kWide) = make_uint4(0, 0, 0, 0);
+    constexpr int kWide = 16 / sizeof(T), kPieces = L::kHeadDim / kWide;
+    const int pieces = at.heads * kPieces;
+    for (int idx = threadIdx.x; idx < (at.end - at.token0) * pieces; idx += L::kThreads) {
+      const int col = idx % pieces / kPieces * at.step * L::kHeadDim + idx % kPieces * kWide;
+      *reinterpret_cast<uint4*>(y + (at.token0 + idx / pieces) * p.y_token + col) = make_uint4(0, 0, 0, 0);
+    }
     return;
   }
   if (threadIdx.x == 0) {

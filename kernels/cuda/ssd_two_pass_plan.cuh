@@ -17,7 +17,7 @@ struct TwoPassArgs {
   float* carry;  // [batch of this launch, nheads, headdim, d_state]: states between launches
   int32_t rows, batch0;     // of the batch, of this launch
   int32_t chunk0, chunks;   // of this launch
-  int32_t heads_per_block;  // of the second pass
+  int32_t group_blocks;     // of the second pass: its blocks for a group and chunk
 };
 
 using TwoPassKernel = void (*)(TwoPassArgs);

@@ -75,6 +75,7 @@ struct OutputsShared {
 
 struct OutputsItem {
   int batch, head0, heads, group;
+  int step;                // from a head to the next
   int token0, limit, end;  // first token, valid tokens of the row, end of this chunk
   int64_t image;           // of the first head
 };
@@ -87,7 +88,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
   const auto free = [&](int i) { mbarrier_wait(shared.empty(i % L::kStages), (i / L::kStages & 1) ^ 1); };
   const auto load_state = [&](int i) {
     const int stage = i % L::kStages;
-    const int64_t index = at.image + static_cast<int64_t>(i) * args.chunks;
+    const int64_t index = at.image + static_cast<int64_t>(i) * at.step * args.chunks;
     const uint8_t* image = static_cast<const uint8_t*>(args.states) + index * L::kImage;
     bulk_load(shared.state(stage), image, L::kImage, shared.state_full(stage));
   };
@@ -108,17 +109,18 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
 #pragma unroll 1
     for (int i = stage; i < at.heads; i += L::kStages) {
       ChunkDecay<T> decay;
-      if (thread < 32) decay.fetch(p, at.batch, at.head0 + i, at.token0, at.limit);
+      const int head = at.head0 + i * at.step;
+      if (thread < 32) decay.fetch(p, at.batch, head, at.token0, at.limit);
       free(i);
 #pragma unroll
       for (int k = 0; k < L::kHeadTiles; k++)
-        split_tile<L::kLoaders, 4>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + i * L::kHeadDim + k * 64, p.x_token,
-                                rows, thread);
+        split_tile<L::kLoaders, 4>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + i * at.step * L::kHeadDim + k * 64,
+                                p.x_token, rows, thread);
       if (i == stage) wait_for_kernel_before();
       if (thread == 0) load_state(i);
       if (thread < 32) {
         __syncwarp();
-        decay.finish(p, at.head0 + i, at.token0, at.limit), shared.table(stage).make(decay, p.D && !p.d_per_channel ? p.D[at.head0 + i] : 0.f);
+        decay.finish(p, head, at.token0, at.limit), shared.table(stage).make(decay, p.D && !p.d_per_channel ? p.D[head] : 0.f);
       }
       fence_async_proxy();
       mbarrier_arrive(shared.x_full(stage));
@@ -142,7 +144,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
         expect_bytes(bar, L::kInput);
 #pragma unroll
         for (int k = 0; k < L::kHeadTiles; k++)
-          tensor_load(shared.x(stage) + k * kTileBytes, args.x, (at.head0 + i) * L::kHeadDim + k * 64, at.token0, at.batch, bar);
+          tensor_load(shared.x(stage) + k * kTileBytes, args.x, (at.head0 + i * at.step) * L::kHeadDim + k * 64, at.token0, at.batch, bar);
         if (i == 0) wait_for_kernel_before();
         load_state(i);
       }
@@ -159,10 +161,11 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
 #pragma unroll 1
     for (int i = warp - 1; i < at.heads; i += 3) {
       ChunkDecay<T> decay;
-      decay.fetch(p, at.batch, at.head0 + i, at.token0, at.limit);
-      const float D = p.D && !p.d_per_channel ? p.D[at.head0 + i] : 0.f;
+      const int head = at.head0 + i * at.step;
+      decay.fetch(p, at.batch, head, at.token0, at.limit);
+      const float D = p.D && !p.d_per_channel ? p.D[head] : 0.f;
       free(i);
-      decay.finish(p, at.head0 + i, at.token0, at.limit);
+      decay.finish(p, head, at.token0, at.limit);
       shared.table(i % L::kStages).make(decay, D);
       __syncwarp();
       if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.x_full(i % L::kStages));

@@ -142,7 +142,7 @@ struct StatesConsumer {
 #pragma unroll
       for (int r = 0; r < 4; r++) h[n][r] = fmaf(decay, h[n][r], added[n][r]);
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.empty(stage));
+    if ((threadIdx.x & 31) == 0) mbarrier_arrive_after(shared.empty(stage), __float_as_uint(decay));
   }
 
   __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
@@ -300,6 +300,8 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
+  // The first launch of a call waits for its inputs here: the second pass, which starts behind this, reads some without waiting.
+  if (args.batch0 == 0 && args.chunk0 == 0) wait_for_kernel_before();
   dependents_may_launch();
   StatesItem at;
   at.part = blockIdx.x % L::kSplit, at.head = blockIdx.x / L::kSplit, at.batch = args.batch0 + blockIdx.y;

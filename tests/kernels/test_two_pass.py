@@ -131,6 +131,7 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
         ((1, 128, 12, 1), torch.bfloat16, 2, 12, 1, ""),  # stages come round three times
         ((1, 700, 2, 1), torch.bfloat16, 2, 1, 6, ""),
         ((4, 150, 4, 2), torch.float16, 2, 2, 2, "gate ragged"),
+        ((4, 150, 5, 1), torch.bfloat16, 2, 2, 2, "gate ragged"),  # heads 0 and 3, 1 and 4, 2
         ((1, 140, 8, 1), torch.float16, 1, 8, 2, "extreme"),
         ((3, 150, 2, 1), torch.float32, 1, 2, 1, "gate ragged"),
         ((1, 140, 8, 1), torch.float32, 1, 4, 1, "extreme"),

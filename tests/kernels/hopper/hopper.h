@@ -18,6 +18,7 @@ inline void mbarrier_init(uint64_t* bar, int count) {
 inline void mbarrier_arrive(uint64_t* bar) {
   with_barrier(bar, [](emu::Barrier& at) { at.pending--; });
 }
+inline void mbarrier_arrive_after(uint64_t* bar, uint32_t) { mbarrier_arrive(bar); }
 inline void mbarrier_wait(uint64_t* bar, int parity) {
   std::unique_lock<std::mutex> lock(emu::mutex);
   emu::Barrier& at = emu::barriers.at(smem_address(bar));

@@ -33,12 +33,12 @@ template <typename T, int kWgs> void run(const Call& q) {
   a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C;
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
   std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * 128, NAN);
-  a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.heads_per_block = q.heads_per_block;
-  const int all = ceil_div(q.seqlen, kTwoPassChunk), blocks = q.ngroups * ceil_div(q.nheads / q.ngroups, q.heads_per_block);
+  a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.group_blocks = ceil_div(q.nheads / q.ngroups, q.heads_per_block);
+  const int all = ceil_div(q.seqlen, kTwoPassChunk);
   for (a.chunk0 = 0; a.chunk0 < all; a.chunk0 += q.chunks) {
     a.chunks = min(q.chunks, all - a.chunk0);
     emu::run(dim3(q.nheads * States::kSplit, q.batch), States::kThreads, [&] { ssd_states_kernel<States>(a); });
-    emu::run(dim3(a.chunks * q.batch * blocks), Outputs::kThreads, [&] { ssd_outputs_kernel<Outputs>(a); });
+    emu::run(dim3(a.chunks * q.batch * q.ngroups * a.group_blocks), Outputs::kThreads, [&] { ssd_outputs_kernel<Outputs>(a); });
   }
 }
 
