@@ -131,11 +131,10 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
   }
   __syncthreads();
   let_next_start();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= warps) prefetch_first_slots(p, b, group, c0, channels, warp - warps, copiers, N);
   wait_for_previous();
   const int n = row_length(p, b), tiles = ceil_div(n, L::kTokens), spans = ceil_div(n, L::kSpan);
 
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp < warps) {
     const int k = warp % K, w = warp / K, half = lane / G, c = c0 + k * G + lane % G;
     const bool in = c < c0 + channels, use_softplus = p.softplus, has_z = p.z;

@@ -46,29 +46,6 @@ __device__ __forceinline__ void mbarrier_arrive_copies(uint64_t* bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(bar)) : "memory");
 }
 
-// What copying warp `first` of `copiers` reads of the first slots, and A, into the L2 cache: while the kernel before runs. A hint:
-// with `reverse` and a row shorter than seqlen it fetches in vain.
-template <typename T>
-__device__ __forceinline__ void prefetch_first_slots(const Args<T>& p, int b, int group, int c0, int channels, int first, int copiers,
-                                                     int slots) {
-  const int lane = threadIdx.x % 32, spans = min(slots, ceil_div(p.seqlen, Chain::kSpan));
-  constexpr int kLine = 128 / sizeof(T);
-  for (int span = first; span < spans; span += copiers) {
-    const int end = min(p.seqlen, (span + 1) * Chain::kSpan);
-    for (int i = span * Chain::kSpan + lane; i < end; i += 32) {
-      const int64_t t = p.reverse ? p.seqlen - 1 - i : i;
-      for (int c = c0; c < c0 + channels; c += kLine) {
-        prefetch_line(p.u + b * p.u_stride.batch + t * p.u_stride.token + c);
-        prefetch_line(p.delta + b * p.delta_stride.batch + t * p.delta_stride.token + c);
-        if (p.z) prefetch_line(p.z + b * p.z_stride.batch + t * p.z_stride.token + c);
-      }
-      prefetch_line(p.B + b * p.B_stride.batch + t * p.B_stride.token + group * kState);
-      prefetch_line(p.C + b * p.C_stride.batch + t * p.C_stride.token + group * kState);
-    }
-  }
-  if (first == 0 && lane * 2 < channels) prefetch_line(p.A + int64_t(c0 + lane * 2) * kState);
-}
-
 // One lane of a copying warp; a warp moves a whole slot. Activations move in runs of kRun channels: a lane has
 // one column of them and every `rows`-th token.
 template <typename T> struct Copier {
