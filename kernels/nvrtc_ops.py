@@ -88,7 +88,7 @@ def selective_state_update(p: Any, sms: int) -> Launch:
     columns, rows = -(-p.dim * max(lanes, 1) // threads), p.tactic
     if rows < 0:
         rows = 4 if covers else 0
-        while rows > 1 and (p.batch * p.dim * lanes / rows < 512 * sms or p.batch < rows):
+        while rows > 1 and (p.batch * p.dim * lanes / rows < 680 * sms or p.batch < rows):
             rows //= 2
     if rows == 0 or not covers:
         instance = f"mamba::update::generic_kernel<{t}, {s}>"
