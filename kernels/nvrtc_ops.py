@@ -32,6 +32,7 @@ ConvArgs = params_struct(
     "ptr x weight bias state_in y state_out seq_lens; i64 x_batch x_token y_batch y_token;"
     "i32 seqlen channels tokens activation wide_weights vector_weights vector_state",
 )
+CONV_PIECE = 10000  # added to the tokens of the convolution that has them without a loop
 SsdPlan = params_struct("SsdPlan", "i32 lanes lanes_log2")
 
 
@@ -44,11 +45,20 @@ def causal_conv1d(p: Any, sms: int) -> Launch:
     strides = (p.channels, p.x_batch_stride, p.x_token_stride, p.y_batch_stride, p.y_token_stride)
     v = 4 if _aligned(16, p.x, p.y) and all(n * size % 16 == 0 for n in strides) else 1
     warps, columns = 4, p.batch * -(-p.channels // (32 * v))
+    pieces = size == 2 and p.width == v == 4 and 1 < p.seqlen <= 65535 * 6 * warps
     tokens = p.tactic
     if tokens < 0:
-        fill = {n: 32 * columns * -(-p.seqlen // n) / sms for n in (16, 12)}
-        tokens = 16 if fill[16] >= 4096 else 12 if fill[12] >= 256 else 4
-    tokens = max(tokens, p.width - 1, -(-p.seqlen // (65535 * warps)))
+        fill = {n: 32 * columns * -(-p.seqlen // n) / sms for n in (16, 12, 8)}
+        tokens = 16 if fill[16] >= 4096 and not pieces else 12 if fill[12] >= 256 else 4
+        if pieces and fill[12] >= 256 and fill[8] < 6000:
+            tokens = CONV_PIECE + (6 if fill[8] < 1400 else 8)
+    piece = tokens > CONV_PIECE
+    if piece:
+        tokens -= CONV_PIECE
+        if not pieces or tokens not in (6, 8):
+            raise KernelError(f"causal_conv1d: no tactic {p.tactic} for this shape")
+    else:
+        tokens = max(tokens, p.width - 1, -(-p.seqlen // (65535 * warps)))
     same = {name: getattr(p, name) for name in ("x", "weight", "bias", "state_in", "y", "state_out", "seq_lens")}
     args = ConvArgs(
         **same,
@@ -66,7 +76,8 @@ def causal_conv1d(p: Any, sms: int) -> Launch:
         step = f"mamba::conv::step_kernel<{t}, {p.width}, {v}>"
         return Launch(header, step, (-(-p.channels // (64 * v)), p.batch, 1), (64, 1), (args,))
     grid = (-(-p.channels // (32 * v)), -(-p.seqlen // (tokens * warps)), p.batch)
-    return Launch(header, f"mamba::conv::conv_kernel<{t}, {p.width}, {v}, 4>", grid, (32, warps), (args,))
+    kernel, last = ("piece_kernel", tokens) if piece else ("conv_kernel", 4)
+    return Launch(header, f"mamba::conv::{kernel}<{t}, {p.width}, {v}, {last}>", grid, (32, warps), (args,))
 
 
 def selective_state_update(p: Any, sms: int) -> Launch:
@@ -77,7 +88,7 @@ def selective_state_update(p: Any, sms: int) -> Launch:
     columns, rows = -(-p.dim * max(lanes, 1) // threads), p.tactic
     if rows < 0:
         rows = 4 if covers else 0
-        while rows > 1 and (p.batch * p.dim * lanes / rows < 512 * sms or p.batch < rows):
+        while rows > 1 and (p.batch * p.dim * lanes / rows < 680 * sms or p.batch < rows):
             rows //= 2
     if rows == 0 or not covers:
         instance = f"mamba::update::generic_kernel<{t}, {s}>"

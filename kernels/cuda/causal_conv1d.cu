@@ -19,18 +19,33 @@ bool vectors(const Params& p) {
 }
 
 constexpr int kVector = 4;  // channels a thread takes: eight bytes of 16-bit values, so that many threads are resident
+constexpr int kPiece = 10000;  // added to the 6 or 8 tokens of piece_kernel; tactics up to it are conv_kernel's tokens
+
+// What models have, and what piece_kernel is there for.
+bool has_pieces(const Params& p) {
+  return p.dtype != MAMBA_F32 && p.width == 4 && p.seqlen > 1 && ceil_div(p.seqlen, 6 * kWarps) <= 65535 && vectors(p);
+}
+
+bool covers(const Params& p, int tactic) {
+  if (tactic > kPiece) return has_pieces(p) && (tactic == kPiece + 6 || tactic == kPiece + 8);
+  return tactic >= 1 && ceil_div(p.seqlen, tactic * kWarps) <= 65535;
+}
 
 // Tokens a thread takes, by measured times: more of them read the width - 1 before less often, fewer fill the device.
+// In a few waves of blocks a thread does best without a loop; in many, other blocks hide what a loop waits for.
 int select(const Params& p) {
   const double columns = double(p.batch) * ceil_div(p.channels, vectors(p) ? 32 * kVector : 32) * 32;
   const auto fill = [&](int tokens) { return columns * ceil_div(p.seqlen, tokens) / sm_count(); };  // threads
-  const int tokens = fill(16) >= 4096 ? 16 : fill(12) >= 256 ? 12 : 4;
+  const bool pieces = has_pieces(p);
+  if (pieces && fill(12) >= 256 && fill(8) < 6000) return kPiece + (fill(8) < 1400 ? 6 : 8);
+  const int tokens = fill(16) >= 4096 && !pieces ? 16 : fill(12) >= 256 ? 12 : 4;
   return std::max({tokens, p.width - 1, ceil_div(p.seqlen, 65535 * kWarps)});
 }
 
 template <typename T, int K, int V> int launch(const Params& p, cudaStream_t stream) {
   constexpr int kAhead = 4;
-  const int tokens = p.tactic > 0 ? std::max(p.tactic, K - 1) : select(p);
+  const int tactic = p.tactic > 0 ? p.tactic : select(p);
+  const int tokens = tactic > kPiece ? tactic - kPiece : std::max(tactic, K - 1);
   const Args args{p.x, p.weight, p.bias, p.state_in, p.y, p.state_out, p.seq_lens, p.x_batch_stride, p.x_token_stride,
                   p.y_batch_stride, p.y_token_stride, p.seqlen, p.channels, tokens, p.activation,
                   p.weight_dtype != p.dtype, aligned(p.weight, 16) && aligned(p.bias, 16),
@@ -40,7 +55,12 @@ template <typename T, int K, int V> int launch(const Params& p, cudaStream_t str
     return launch_early(step_kernel<T, K, V>, grid, dim3(kStepThreads), stream, args);
   }
   const dim3 grid(ceil_div(p.channels, 32 * V), ceil_div(p.seqlen, tokens * kWarps), p.batch);
-  return launch_early(conv_kernel<T, K, V, kAhead>, grid, dim3(32, kWarps), stream, args);
+  const dim3 block(32, kWarps);
+  if constexpr (sizeof(T) == 2 && K == 4 && V == kVector) {
+    if (tactic == kPiece + 6) return launch_early(piece_kernel<T, K, V, 6>, grid, block, stream, args);
+    if (tactic == kPiece + 8) return launch_early(piece_kernel<T, K, V, 8>, grid, block, stream, args);
+  }
+  return launch_early(conv_kernel<T, K, V, kAhead>, grid, block, stream, args);
 }
 
 template <typename T, int K> int launch_width(const Params& p, cudaStream_t stream) {
@@ -67,8 +87,7 @@ int check(const Params& p) {
   if (p.batch < 1 || p.batch > 65535 || p.seqlen < 1 || p.channels < 1 || p.width < 2 || p.width > 8) {
     return MAMBA_ERROR_SHAPE;
   }
-  if (p.tactic == 0 || (p.tactic > 0 && ceil_div(p.seqlen, p.tactic * kWarps) > 65535)) return MAMBA_ERROR_TACTIC;
-  return MAMBA_OK;
+  return p.tactic < 0 || covers(p, p.tactic) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
 }
 
 }  // namespace
@@ -87,11 +106,12 @@ extern "C" int mamba_causal_conv1d(const mamba_causal_conv1d_params* params, mam
 extern "C" size_t mamba_causal_conv1d_workspace(const mamba_causal_conv1d_params*) { return 0; }
 
 extern "C" int mamba_causal_conv1d_tactics(const mamba_causal_conv1d_params* params, int32_t* out, int max) {
-  if (!params || max < 1 || mamba::conv::check(*params) != MAMBA_OK) return 0;
-  out[0] = mamba::conv::select(*params);
+  using namespace mamba::conv;
+  if (!params || max < 1 || check(*params) != MAMBA_OK) return 0;
+  out[0] = select(*params);
   int count = 1;
-  for (int tokens : {4, 8, 12, 16, 32}) {
-    if (count < max && tokens != out[0] && mamba::ceil_div(params->seqlen, tokens * mamba::conv::kWarps) <= 65535) out[count++] = tokens;
+  for (int tactic : {4, 8, 12, 16, 32, kPiece + 6, kPiece + 8}) {
+    if (count < max && tactic != out[0] && covers(*params, tactic)) out[count++] = tactic;
   }
   return count;
 }

@@ -101,19 +101,20 @@ __device__ __forceinline__ void store_state(T* p, const float (&columns)[K - 1][
   }
 }
 
-// The taps and bias of V channels, in words as wide as V channels allow.
+// The taps and bias of V channels, in words as wide as they allow.
 template <typename W, int K, int V>
 __device__ __forceinline__ void load_weights(float (&weight)[K][V], float (&bias)[V], const Args& p, int c) {
   const W* w = static_cast<const W*>(p.weight) + int64_t(c) * K;
   const W* b = static_cast<const W*>(p.bias) + c;
   constexpr int kWide = V * sizeof(W) > 16 ? 16 / sizeof(W) : V;
+  constexpr int kTaps = V * K * sizeof(W) % 16 == 0 ? 16 / sizeof(W) : kWide;  // a thread's taps lie together
   if (p.vector_weights) {
 #pragma unroll
-    for (int i = 0; i < V * K; i += kWide) {
-      float word[kWide];
-      load<W, kWide>(word, w + i);
+    for (int i = 0; i < V * K; i += kTaps) {
+      float word[kTaps];
+      load<W, kTaps>(word, w + i);
 #pragma unroll
-      for (int e = 0; e < kWide; e++) weight[(i + e) % K][(i + e) / K] = word[e];
+      for (int e = 0; e < kTaps; e++) weight[(i + e) % K][(i + e) / K] = word[e];
     }
 #pragma unroll
     for (int i = 0; i < V; i += kWide) {
@@ -184,6 +185,21 @@ __device__ __forceinline__ void start_row(float (&window)[K - 1][V], const Args&
   }
 }
 
+// Before the wait: the lines of a warp's tokens, a lane fetches one.
+template <typename T, int V>
+__device__ __forceinline__ void prefetch_piece(const Args& p, const T* x, int c0, int t0, int t1) {
+  constexpr int kLine = 128 / sizeof(T), kLines = 32 * V < kLine ? 1 : 32 * V / kLine;  // of a token
+  const int line_t = t0 + threadIdx.x / kLines, line_c = c0 + threadIdx.x % kLines * kLine;
+  if (line_t < t1 && line_c < p.channels) prefetch_line(x + line_t * p.x_token + line_c);
+}
+
+// Outputs behind a row's last token.
+template <typename T, int V> __device__ __forceinline__ void store_zeros(const Args& p, T* y, int from, int to) {
+  const float zeros[V] = {};
+#pragma unroll 1
+  for (int t = from; t < to; t++) store<T, V>(y + t * p.y_token, zeros);
+}
+
 // kAhead tokens are loaded before the first of them is used, and the next kAhead meanwhile. p.tokens >= K - 1.
 template <typename T, int K, int V, int kAhead>
 __global__ void __launch_bounds__(32 * kWarps) conv_kernel(const __grid_constant__ Args p) {
@@ -191,9 +207,7 @@ __global__ void __launch_bounds__(32 * kWarps) conv_kernel(const __grid_constant
   const int c0 = blockIdx.x * 32 * V, c = c0 + threadIdx.x * V, b = blockIdx.z;
   const int t0 = (blockIdx.y * kWarps + threadIdx.y) * p.tokens, t1 = min(t0 + p.tokens, p.seqlen);
   const T* x = static_cast<const T*>(p.x) + b * p.x_batch;
-  constexpr int kLine = 128 / sizeof(T), kLines = 32 * V < kLine ? 1 : 32 * V / kLine;  // of a token; a lane fetches one
-  const int line_t = t0 + threadIdx.x / kLines, line_c = c0 + threadIdx.x % kLines * kLine;
-  if (line_t < t1 && line_c < p.channels) prefetch_line(x + line_t * p.x_token + line_c);
+  prefetch_piece<T, V>(p, x, c0, t0, t1);
   if (c >= p.channels || t0 >= p.seqlen) return;
   x += c;
   wait_for_previous();
@@ -235,10 +249,53 @@ __global__ void __launch_bounds__(32 * kWarps) conv_kernel(const __grid_constant
       y += p.y_token;
     }
   }
-  y = static_cast<T*>(p.y) + b * p.y_batch + c;
-  const float zeros[V] = {};
-#pragma unroll 1
-  for (int t = max(t0, valid); t < t1; t++) store<T, V>(y + t * p.y_token, zeros);
+  store_zeros<T, V>(p, static_cast<T*>(p.y) + b * p.y_batch + c, max(t0, valid), t1);
+}
+
+// The same with kTokens >= K - 1 a thread and no loop: they and the window are in flight before the first is used.
+// Seven blocks are to fit on a multiprocessor: 72 registers.
+template <typename T, int K, int V, int kTokens>
+__global__ void __launch_bounds__(32 * kWarps, 7) piece_kernel(const __grid_constant__ Args p) {
+  static_assert(kTokens >= K - 1);
+  let_next_start();
+  const int c0 = blockIdx.x * 32 * V, c = c0 + threadIdx.x * V, b = blockIdx.z;
+  const int t0 = (blockIdx.y * kWarps + threadIdx.y) * kTokens, t1 = min(t0 + kTokens, p.seqlen);
+  const T* x = static_cast<const T*>(p.x) + b * p.x_batch;
+  prefetch_piece<T, V>(p, x, c0, t0, t1);
+  if (c >= p.channels || t0 >= p.seqlen) return;
+  x += c;
+  wait_for_previous();
+  const int len = p.seq_lens ? max(0, min(p.seq_lens[b], p.seqlen)) : p.seqlen, valid = min(t1, len);
+
+  Raw<T, V> before[K - 1] = {}, tokens[kTokens] = {};
+  const T* x_next = x + t0 * p.x_token;
+#pragma unroll
+  for (int i = 0; i < kTokens; i++) {
+    if (t0 + i < valid) tokens[i] = fetch<T, V>(x_next);
+    x_next += p.x_token;
+  }
+  if (t0 > 0 && t0 < valid) {
+#pragma unroll
+    for (int j = 0; j < K - 1; j++) before[j] = fetch<T, V>(x + (t0 - (K - 1) + j) * p.x_token);
+  }
+  float window[K - 1][V], weight[K][V], bias[V];
+  load_weights_of<T, K, V>(weight, bias, p, c);
+#pragma unroll
+  for (int j = 0; j < K - 1; j++) unpack<T, V>(window[j], before[j]);
+  if (t0 == 0) start_row<T, K, V>(window, p, x, len, (int64_t(b) * p.channels + c) * (K - 1));
+
+  T* y = static_cast<T*>(p.y) + b * p.y_batch + c;
+  T* y_next = y + t0 * p.y_token;
+#pragma unroll
+  for (int i = 0; i < kTokens; i++) {
+    float in[V], out[V];
+    unpack<T, V>(in, tokens[i]);
+    convolve<K, V>(out, window, in, weight, bias, p.activation);
+    shift<K, V>(window, in);
+    if (t0 + i < valid) store<T, V>(y_next, out);
+    y_next += p.y_token;
+  }
+  store_zeros<T, V>(p, y, max(t0, valid), t1);
 }
 
 // One token: a thread has V channels of one row, and all it needs is in flight at once.

@@ -77,6 +77,8 @@ SHAPES = {
     "causal_conv1d": [
         Params(batch=2, seqlen=100, channels=96, width=4, tactic=-1, dtype=2, weight_dtype=2),
         Params(batch=2, seqlen=1, channels=33, width=3, tactic=-1, dtype=0, weight_dtype=0),
+        Params(batch=2, seqlen=100, channels=96, width=4, tactic=10006, dtype=2, weight_dtype=2),
+        Params(batch=2, seqlen=100, channels=96, width=4, tactic=10008, dtype=1, weight_dtype=0),
     ],
     "selective_state_update": [
         Params(batch=64, dim=1536, ngroups=1, d_state=16, tactic=-1, dtype=2, state_dtype=0),

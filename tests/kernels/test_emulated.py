@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels import causal_conv1d, library, nvrtc, selective_state_update, ssd_state_update
+from kernels import causal_conv1d, library, nvrtc, nvrtc_ops, selective_state_update, ssd_state_update
 from tests.ops.oracle import oracle, relative
 from tests.ops.samples import Kind, Sample, examples, ragged_samples, samples
 
@@ -94,6 +95,33 @@ def tactics_of(built: ctypes.CDLL, kind: Kind, call: Any) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("length", [1, 9, 95, 97, 340, 360, 1490, 1510, 2100])
+@pytest.mark.parametrize(("width", "dtype"), [(4, torch.bfloat16), (4, torch.float32), (3, torch.float16)])
+def test_nvrtc_chooses_the_same_convolution(width: int, dtype: torch.dtype, length: int, emulated: ctypes.CDLL) -> None:
+    x, weight = torch.zeros(1, length, 128).to(dtype), torch.zeros(128, width).to(dtype)
+    call = partial(causal_conv1d.causal_conv1d, x, weight)
+    chosen = tactics_of(emulated, "conv", lambda tactic: call(tactic=tactic))[0]
+    assert nvrtc_launch(call, -1) == nvrtc_launch(call, chosen), chosen
+
+
+@pytest.mark.parametrize("batch", [1, 2, 8, 22, 43, 64])
+def test_nvrtc_chooses_the_same_rows(batch: int, emulated: ctypes.CDLL) -> None:
+    token = random_token("scan", (batch, 16, 1, 1, 16), torch.bfloat16, torch.float32, 1)
+    call = partial(selective_state_update.selective_state_update, *token.step_arguments())
+    chosen = tactics_of(emulated, "scan", lambda tactic: call(tactic=tactic))[0]
+    assert nvrtc_launch(call, -1) == nvrtc_launch(call, chosen)
+
+
+def nvrtc_launch(call: Any, tactic: int) -> tuple[Any, ...]:
+    """The kernel and the grid that stand in for the library's, on one multiprocessor like the emulation."""
+    found: list[nvrtc_ops.Launch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (causal_conv1d, selective_state_update):
+            patch.setattr(module, "launch", lambda op, params, _: found.append(nvrtc_ops.OPS[op](params, 1)))
+        call(tactic=tactic)
+    return found[0].instance, found[0].grid
+
+
 def check(kind: Kind, sample: Sample, built: ctypes.CDLL, dtype: torch.dtype) -> None:
     """Every tactic, out of place into poisoned outputs and in place."""
     y_exact, exact, y_size, size = oracle(sample)
@@ -151,6 +179,50 @@ def test_conv_of_ragged_rows(emulated: ctypes.CDLL, data: st.DataObject) -> None
             y_exact, exact, y_size, size = oracle(sample.row(row, length))
             assert relative(y[row : row + 1, :length], y_exact, y_size) < LIMIT[torch.float32]
             assert relative(present[row : row + 1], exact, size) < LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@given(data=st.data())
+@examples(12)
+def test_conv_of_four_taps(dtype: torch.dtype, emulated: ctypes.CDLL, data: st.DataObject) -> None:
+    """What models have, and the tactics that are there for it alone: ragged rows with poisoned padding, inputs far from
+    zero, the state in place."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(2, 90))
+    channels, scale = data.draw(st.sampled_from([8, 136])), data.draw(st.sampled_from([1.0, 30.0]))
+    lens = torch.tensor(data.draw(st.lists(st.integers(1, length), min_size=batch, max_size=batch)), dtype=torch.int32)
+    x = (scale * torch.randn(batch, length, channels, generator=generator)).to(dtype)
+    x[torch.arange(length) >= lens[:, None]] = float("nan")
+    weight = torch.randn(channels, 4, generator=generator)
+    fixed = {"weight": weight, "bias": torch.randn(channels, generator=generator)}
+    wide = data.draw(st.booleans())
+    fixed = {name: value if wide else value.to(dtype) for name, value in fixed.items()}
+    state = torch.randn(batch, channels, 3, generator=generator).to(dtype)
+    options = {"activation": data.draw(st.booleans())}
+    tactics = tactics_of(
+        emulated, "conv", lambda _: causal_conv1d.causal_conv1d(x, fixed["weight"], fixed["bias"], state, lens)
+    )
+    assert {10006, 10008} < set(tactics)
+    for tactic in tactics:
+        y, present = torch.full_like(x, float("nan")), state.clone()
+        causal_conv1d.causal_conv1d(
+            x, *fixed.values(), present, lens, options["activation"], out=y, final_state=present, tactic=tactic
+        )
+        for row, n in enumerate(lens.tolist()):
+            assert not y[row, n:].any(), tactic
+            one = Sample("conv", {"x": x[row : row + 1, :n]}, fixed, state[row : row + 1], options)
+            y_exact, exact, y_size, size = oracle(one)
+            assert relative(y[row : row + 1, :n].float(), y_exact, y_size + 1e-4) < LIMIT[dtype], tactic
+            assert relative(present[row : row + 1].float(), exact, size + 1e-4) == 0, tactic
+
+
+def test_conv_tactics_that_are_not_there(emulated: ctypes.CDLL) -> None:
+    x, weight = torch.zeros(1, 9, 8).bfloat16(), torch.zeros(8, 4).bfloat16()
+    for other, taps, tactic in ((x, weight, 0), (x, weight, 10004), (x, weight, 10007), (x, weight, 20006),
+                                (x.float(), weight.float(), 10006), (x, weight[:, :3].contiguous(), 10006),
+                                (x[:, :, :7].contiguous(), weight[:7], 10006), (x[:, :1], weight, 10008)):  # fmt: skip
+        with pytest.raises(library.KernelError):
+            causal_conv1d.causal_conv1d(other, taps, tactic=tactic)
 
 
 def random_token(kind: Kind, shape: tuple[int, ...], dtype: torch.dtype, state: torch.dtype, seed: int) -> Sample:

@@ -20,7 +20,8 @@ typedef struct {
   int32_t batch, seqlen, channels;
   int32_t width;      /* 2 to 8 */
   int32_t activation; /* 0 none, 1 SiLU */
-  int32_t tactic;     /* -1: the measured selector; otherwise the tokens a thread takes */
+  int32_t tactic;     /* -1: the measured selector; up to 10000: the tokens a thread takes, in a loop; 10006 and 10008:
+                         6 and 8 of them without one, for 16-bit values, four taps and what loads in vectors */
   const void *x, *weight, *bias, *state_in; /* bias and state_in may be NULL */
   void *y, *state_out;                      /* state_out may be NULL, may be state_in */
   const int32_t* seq_lens;                  /* may be NULL */
