@@ -22,16 +22,18 @@ CASES = (
     ("selective_scan", (1, 1536, 512)),
     ("selective_scan", (1, 1536, 2048)),
     ("selective_scan", (1, 5120, 2048)),
+    ("selective_scan", (8, 5120, 2048)),
     ("ssd_scan", (1, 24, 2048)),
     ("ssd_scan", (1, 80, 2048)),
     ("ssd_scan", (1, 80, 8192)),
 )
-NCU = ["ncu", "--clock-control", "none", "--set", "full", "--kernel-name-base", "demangled", "-k", "regex:mamba"]
+NCU = ["ncu", "--clock-control", "none", "--set", "full", "--profile-from-start", "off"]
+NCU += ["--kernel-name-base", "demangled", "-k", "regex:mamba"]
 COLUMNS = {
     "us": "gpu__time_duration.sum",
     "blocks": "launch__grid_size",
     "warps a multiprocessor": "sm__warps_active.avg.per_cycle_active",
-    "issue slots": "sm__inst_issued.avg.pct_of_peak_sustained_active",
+    "instructions a clock": "sm__inst_issued.avg.per_cycle_active",
     "special function": "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active",
     "tensor": "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_active",
     "shared memory": "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed",
@@ -39,19 +41,24 @@ COLUMNS = {
 }
 STALL = ("smsp__average_warps_issue_stalled_", "_per_issue_active.ratio")
 EXPLANATION = """One launch under Nsight Compute, clocks as they are (with cold caches, longer than in a table). Shares
-are of the peak while a multiprocessor is active; of shared memory and DRAM, of the whole time. Stalls: the three
-commonest reasons, in warps per issued instruction.
+are of the peak while a multiprocessor is active; of shared memory and DRAM, of the whole time; instructions a clock,
+of the four a multiprocessor can issue while it is active. Stalls: the three commonest reasons, in warps per issued
+instruction.
 """
 
 
 def run_case(op: str, shape: tuple[int, ...]) -> None:
-    """Calls the op three times; ncu takes the last."""
+    """Calls the op three times, the last one for ncu."""
     bench = importlib.import_module(f"kernels.bench.{op}")
     function = getattr(importlib.import_module(f"kernels.{op}"), op)
     inputs = bench.make(*shape, 0) if op == "selective_scan" else bench.make(*shape, torch.bfloat16, 0)
-    for _ in range(3):
+    for _ in range(2):
         function(**inputs)
     torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStart()
+    function(**inputs)
+    torch.cuda.synchronize()
+    torch.cuda.cudart().cudaProfilerStop()
 
 
 def measure(op: str, shape: tuple[int, ...], folder: Path) -> list[dict[str, str]]:
@@ -61,8 +68,7 @@ def measure(op: str, shape: tuple[int, ...], folder: Path) -> list[dict[str, str
     subprocess.run([*NCU, "-f", "-o", str(report), *inside], check=True, capture_output=True, text=True)
     raw = ["ncu", "-i", f"{report}.ncu-rep", "--page", "raw", "--csv"]
     text = subprocess.run(raw, check=True, capture_output=True, text=True).stdout
-    rows = [row for row in csv.DictReader(io.StringIO(text)) if row.get("ID", "").isdigit()]  # not that of the units
-    return rows[2 * len(rows) // 3 :]
+    return [row for row in csv.DictReader(io.StringIO(text)) if row.get("ID", "").isdigit()]  # not that of the units
 
 
 def line(case: str, row: dict[str, str]) -> str:
@@ -98,7 +104,8 @@ def main() -> None:
             found = measure(op, shape, Path(folder))
             lines += [line(f"{op} {', '.join(map(str, shape))}", row) for row in found]
             print("\n".join(lines[-len(found) :]), flush=True)
-    put_section(arguments.out, "profiles", f"## profiles\n\n{EXPLANATION}\n" + "\n".join(lines) + "\n")
+    body = f"## profiles\n\n{torch.cuda.get_device_name()}. {EXPLANATION}\n" + "\n".join(lines) + "\n"
+    put_section(arguments.out, "profiles", body)
 
 
 if __name__ == "__main__":

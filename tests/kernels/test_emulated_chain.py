@@ -56,12 +56,12 @@ def build(folder: Path, *options: str) -> Path:
     sources = folder / "cuda"
     shutil.copytree(SOURCES, sources)
     for file in [*(HERE / "emulation").iterdir(), *(HERE / "emulation_chain").iterdir()]:
-        if file.suffix != ".cuh":
-            shutil.copy(file, sources)
+        shutil.copy(file, sources)
     for name, bodies in BODIES.items():
         (sources / name).write_text(with_bodies((sources / name).read_text(), bodies))
-    command = ["g++", "-std=c++20", *options, "-pthread", "-fno-strict-aliasing", "-I", str(sources)]
-    command += ["-I", str(sources / "include"), str(sources / "chain.cpp"), "-o", str(folder / "chain")]
+    command = ["g++", "-std=c++20", "-DEMULATION_SHUFFLES=true", *options, "-pthread", "-fno-strict-aliasing"]
+    command += ["-I", str(sources), "-I", str(sources / "include")]
+    command += [str(sources / "chain.cpp"), "-o", str(folder / "chain")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder / "chain"
