@@ -43,7 +43,7 @@ STALL = ("smsp__average_warps_issue_stalled_", "_per_issue_active.ratio")
 EXPLANATION = """One launch under Nsight Compute, clocks as they are (with cold caches, longer than in a table). Shares
 are of the peak while a multiprocessor is active; of shared memory and DRAM, of the whole time; instructions a clock,
 of the four a multiprocessor can issue while it is active. Stalls: the three commonest reasons, in warps per issued
-instruction.
+instruction. What binds a kernel, by these and by what was tried: NOTES-selective-scan.md, NOTES-ssd-scan.md.
 """
 
 
