@@ -1,4 +1,5 @@
 // The launches of the two-pass SSD scan.
+#include "early_launch.cuh"
 #include "ssd_plan.cuh"
 #include "ssd_two_pass_plan.cuh"
 
@@ -56,13 +57,7 @@ bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const Sc
 // Every launch may start while the kernel before it ends: both passes wait for that where they must.
 int launch(TwoPassKernel kernel, dim3 grid, int threads, int shared, const TwoPassArgs& args, cudaStream_t stream) {
   if (!allow_shared(kernel, shared)) return MAMBA_ERROR_CUDA;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute, config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, args) == cudaSuccess ? MAMBA_OK : MAMBA_ERROR_CUDA;
+  return launch_early(kernel, grid, dim3(threads), shared, stream, args);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 // float32 runs on bfloat16 tensor cores as well: every operand as a sum of two values, three products.
 #pragma once
 
+#include "early_launch.cuh"
 #include "ssd_two_pass_plan.cuh"
 #include "ssd_wgmma.cuh"
 
@@ -41,10 +42,6 @@ struct TwoPass {
   static constexpr int kImage = kParts * kHeadTiles * kStateTile;  // bytes
   static constexpr int kAccumulators = kHeadDim / 8;               // of four registers
 };
-
-__device__ __forceinline__ void dependents_may_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-// Until the kernel before in the stream is done and its writes are visible.
-__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Valid tokens of a row of the batch.
 __device__ __forceinline__ int valid_tokens(const ScanArgs& p, int batch) {

@@ -280,9 +280,9 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
   at.batch = args.batch0 + row, at.token0 = (args.chunk0 + chunk) * kTileRows;
   at.end = min(p.seqlen, at.token0 + kTileRows), at.limit = valid_tokens(p, at.batch);
   at.image = (static_cast<int64_t>(row) * p.nheads + at.head0) * args.chunks + chunk;
-  dependents_may_launch();
+  let_next_start();
   if (at.limit <= at.token0) {  // nothing but padding
-    wait_for_kernel_before();
+    wait_for_previous();
     T* y = static_cast<T*>(p.y) + at.batch * p.y_batch + at.head0 * L::kHeadDim;
     constexpr int kWide = 16 / sizeof(T), kPieces = L::kHeadDim / kWide;
     const int pieces = at.heads * kPieces;

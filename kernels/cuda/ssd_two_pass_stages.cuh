@@ -116,7 +116,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       for (int k = 0; k < L::kHeadTiles; k++)
         split_tile<L::kLoaders, 4>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + i * at.step * L::kHeadDim + k * 64,
                                 p.x_token, rows, thread);
-      if (i == stage) wait_for_kernel_before();
+      if (i == stage) wait_for_previous();
       if (thread == 0) load_state(i);
       if (thread < 32) {
         __syncwarp();
@@ -145,7 +145,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
 #pragma unroll
         for (int k = 0; k < L::kHeadTiles; k++)
           tensor_load(shared.x(stage) + k * kTileBytes, args.x, (at.head0 + i * at.step) * L::kHeadDim + k * 64, at.token0, at.batch, bar);
-        if (i == 0) wait_for_kernel_before();
+        if (i == 0) wait_for_previous();
         load_state(i);
       }
       __syncwarp();

@@ -148,7 +148,7 @@ struct StatesConsumer {
   __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
     const int64_t row = static_cast<int64_t>(at.batch - args.batch0) * args.scan.nheads + at.head;
     uint8_t* image = static_cast<uint8_t*>(args.states) + row * args.chunks * L::kImage + ((at.part * L::kWgs + wg) * 4 + warp) * 2048;
-    wait_for_kernel_before();
+    wait_for_previous();
     load(args, at);
     if (at.chunks > 0) {
       // The copy goes out while the matrix unit is at the next chunk.
@@ -301,8 +301,8 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid
   }
   __syncthreads();
   // The first launch of a call waits for its inputs here: the second pass, which starts behind this, reads some without waiting.
-  if (args.batch0 == 0 && args.chunk0 == 0) wait_for_kernel_before();
-  dependents_may_launch();
+  if (args.batch0 == 0 && args.chunk0 == 0) wait_for_previous();
+  let_next_start();
   StatesItem at;
   at.part = blockIdx.x % L::kSplit, at.head = blockIdx.x / L::kSplit, at.batch = args.batch0 + blockIdx.y;
   at.token0 = args.chunk0 * kTileRows, at.limit = valid_tokens(args.scan, at.batch);

@@ -55,11 +55,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     mma = '#pragma once\n#include "cuda.h"\n#include "common.cuh"\n#include "hopper.h"\n'
     take("ssd_mma.cuh", (r"(?s).*?(// A tile of rows of kCols.*)", mma + r"namespace mamba {\nnamespace ssd {\n\1"))
     take("ssd_two_pass_plan.cuh")
-    (folder / "ssd_wgmma.cuh").write_text('#include "ssd_mma.cuh"\n')
+    for name in ("ssd_wgmma.cuh", "early_launch.cuh"):
+        (folder / name).write_text('#include "ssd_mma.cuh"\n')
     take("ssd_two_pass.cuh", (r"(?s)__device__ __forceinline__ void tensor_load.*?(?=// Zeros in rows)", ""),
          (r"template <int kPending>\n__device__ __forceinline__ void bulk_wait\(\) \{[^}]*\}\n", ""),
-         *map(body, ("dependents_may_launch", "wait_for_kernel_before", "store_shared_16", "load_shared_16",
-                     "expect_bytes", "bulk_load", "bulk_store", "bulk_commit", "bulk_wait_read")))  # fmt: skip
+         *map(body, ("store_shared_16", "load_shared_16", "expect_bytes", "bulk_load", "bulk_store", "bulk_commit",
+                     "bulk_wait_read")))  # fmt: skip
     memory = (r"extern __shared__ __align__\(1024\) uint8_t memory\[\];", "uint8_t* memory = emu::smem;")
     fence = (r'asm volatile\("fence.mbarrier_init.*\n', "")
     load = (r'asm volatile\("ld\.shared\.v4[\s\S]*?: "r"\((.*)\)\);\n', r"std::memcpy(&v, emu::smem + (\1), 16);\n")

@@ -87,8 +87,8 @@ inline void store_global_16(void* at, uint4 v) { std::memcpy(at, &v, 16); }
 inline void store_shared_16(uint32_t at, const uint32_t (&v)[4]) { std::memcpy(emu::smem + at, v, 16); }
 inline void load_shared_16(uint32_t at, uint32_t (&v)[4]) { std::memcpy(v, emu::smem + at, 16); }
 
-inline void dependents_may_launch() {}
-inline void wait_for_kernel_before() {}
+inline void let_next_start() {}
+inline void wait_for_previous() {}
 inline void fence_async_proxy() {}
 inline void wgmma_fence() {}
 inline void wgmma_commit() {}
