@@ -185,13 +185,25 @@ __device__ __forceinline__ void start_row(float (&window)[K - 1][V], const Args&
   }
 }
 
-// Before the wait: the lines of a warp's tokens, a lane fetches one.
-template <typename T, int V>
-__device__ __forceinline__ void prefetch_piece(const Args& p, const T* x, int c0, int t0, int t1) {
-  constexpr int kLine = 128 / sizeof(T), kLines = 32 * V < kLine ? 1 : 32 * V / kLine;  // of a token
-  const int line_t = t0 + threadIdx.x / kLines, line_c = c0 + threadIdx.x % kLines * kLine;
-  if (line_t < t1 && line_c < p.channels) prefetch_line(x + line_t * p.x_token + line_c);
-}
+// What a thread takes: V channels from c on, tokens t0 to t1 - 1 of row b. Made before the wait for the kernel before: the warp's
+// lines go into the L2 cache, a lane fetches one.
+template <typename T, int V> struct Piece {
+  const int c0, c, b, t0, t1;
+  const T* row;  // channel 0 of token 0
+
+  __device__ __forceinline__ Piece(const Args& p, int tokens)
+      : c0(blockIdx.x * 32 * V), c(c0 + threadIdx.x * V), b(blockIdx.z), t0((blockIdx.y * kWarps + threadIdx.y) * tokens),
+        t1(min(t0 + tokens, p.seqlen)), row(static_cast<const T*>(p.x) + b * p.x_batch) {
+    constexpr int kLine = 128 / sizeof(T), kLines = 32 * V < kLine ? 1 : 32 * V / kLine;  // of a token
+    const int line_t = t0 + threadIdx.x / kLines, line_c = c0 + threadIdx.x % kLines * kLine;
+    if (line_t < t1 && line_c < p.channels) prefetch_line(row + line_t * p.x_token + line_c);
+  }
+  __device__ __forceinline__ bool none(const Args& p) const { return c >= p.channels || t0 >= p.seqlen; }
+  // Valid tokens of the row.
+  __device__ __forceinline__ int row_length(const Args& p) const {
+    return p.seq_lens ? max(0, min(p.seq_lens[b], p.seqlen)) : p.seqlen;
+  }
+};
 
 // Outputs behind a row's last token.
 template <typename T, int V> __device__ __forceinline__ void store_zeros(const Args& p, T* y, int from, int to) {
@@ -204,14 +216,12 @@ template <typename T, int V> __device__ __forceinline__ void store_zeros(const A
 template <typename T, int K, int V, int kAhead>
 __global__ void __launch_bounds__(32 * kWarps) conv_kernel(const __grid_constant__ Args p) {
   let_next_start();
-  const int c0 = blockIdx.x * 32 * V, c = c0 + threadIdx.x * V, b = blockIdx.z;
-  const int t0 = (blockIdx.y * kWarps + threadIdx.y) * p.tokens, t1 = min(t0 + p.tokens, p.seqlen);
-  const T* x = static_cast<const T*>(p.x) + b * p.x_batch;
-  prefetch_piece<T, V>(p, x, c0, t0, t1);
-  if (c >= p.channels || t0 >= p.seqlen) return;
-  x += c;
+  const Piece<T, V> own(p, p.tokens);
+  if (own.none(p)) return;
+  const int c = own.c, b = own.b, t0 = own.t0, t1 = own.t1;
+  const T* x = own.row + c;
   wait_for_previous();
-  const int len = p.seq_lens ? max(0, min(p.seq_lens[b], p.seqlen)) : p.seqlen, valid = min(t1, len);
+  const int len = own.row_length(p), valid = min(t1, len);
 
   Raw<T, V> next[kAhead] = {};
   const T* x_next = x + t0 * p.x_token;
@@ -258,14 +268,12 @@ template <typename T, int K, int V, int kTokens>
 __global__ void __launch_bounds__(32 * kWarps, 7) piece_kernel(const __grid_constant__ Args p) {
   static_assert(kTokens >= K - 1);
   let_next_start();
-  const int c0 = blockIdx.x * 32 * V, c = c0 + threadIdx.x * V, b = blockIdx.z;
-  const int t0 = (blockIdx.y * kWarps + threadIdx.y) * kTokens, t1 = min(t0 + kTokens, p.seqlen);
-  const T* x = static_cast<const T*>(p.x) + b * p.x_batch;
-  prefetch_piece<T, V>(p, x, c0, t0, t1);
-  if (c >= p.channels || t0 >= p.seqlen) return;
-  x += c;
+  const Piece<T, V> own(p, kTokens);
+  if (own.none(p)) return;
+  const int c = own.c, b = own.b, t0 = own.t0, t1 = own.t1;
+  const T* x = own.row + c;
   wait_for_previous();
-  const int len = p.seq_lens ? max(0, min(p.seq_lens[b], p.seqlen)) : p.seqlen, valid = min(t1, len);
+  const int len = own.row_length(p), valid = min(t1, len);
 
   Raw<T, V> before[K - 1] = {}, tokens[kTokens] = {};
   const T* x_next = x + t0 * p.x_token;

@@ -8,6 +8,7 @@
 // P more warps only copy: they keep a ring of N slots of four tiles filled and write y, which lies in the place of z.
 #pragma once
 
+#include "early_launch.cuh"
 #include "selective_scan_chain_copy.cuh"
 
 namespace mamba::scan {

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "early_launch.cuh"
 #include "selective_scan.cuh"
 
 namespace mamba::scan {
