@@ -93,21 +93,6 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
-// 2^x for x <= 0 on the FMA pipe (ten instructions, none special-function), relative error 1.8e-7:
-// relieves the special-function unit where it binds. Results below 2^-126 become 2^-126 or so.
-__device__ __forceinline__ float ex2_fma(float x) {
-  x = fmaxf(x, -126.0f);
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-  float t = x + magic;
-  float f = x - (t - magic);
-  float p = fmaf(1.333353609e-03f, f, 9.666245750e-03f);
-  p = fmaf(p, f, 5.550500221e-02f);
-  p = fmaf(p, f, 2.402235134e-01f);
-  p = fmaf(p, f, 6.931471435e-01f);
-  p = fmaf(p, f, 1.0f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(t) << 23));
-}
-
 // softplus(x) = max(x, 0) + log1p(e^-|x|), the logarithm as w * q(w) on [0, 1]: relative error 1.3e-6
 // (3e-8 if kPrecise) however small the result is, with one special-function instruction instead of two.
 template <bool kPrecise> __device__ __forceinline__ float softplus(float x) {

@@ -51,6 +51,10 @@ bool covers_chain(const Params& p, const Tactic& t) {
 
 bool covers(const Params& p, const Tactic& t);
 
+constexpr int kChannelWidth = 128;  // channels of a block of the tactic channel
+
+int channel_rows(const Params& p) { return p.batch * p.ngroups * ceil_div(p.dim / p.ngroups, kChannelWidth); }
+
 #include "selective_scan_select.inl"
 
 template <typename T> Args<T> make_args(const Params& p, const Tactic& tactic) {
@@ -68,6 +72,9 @@ template <typename T> Args<T> make_args(const Params& p, const Tactic& tactic) {
   a.piece_len = ceil_div(ceil_div(p.seqlen, tactic.pieces), 16) * 16;
   a.piece_state = static_cast<float*>(p.workspace);
   a.piece_dt = a.piece_state + int64_t(p.batch) * tactic.pieces * p.dim * kState;
+  if (tactic.in_turn()) {
+    a.turns = reinterpret_cast<int*>(a.piece_state + int64_t(channel_rows(p)) * kChannelWidth * kState);
+  }
   return a;
 }
 
@@ -92,6 +99,7 @@ bool covers(const Params& p, const Tactic& t) {
 }
 
 size_t workspace_of(const Params& p, const Tactic& t) {
+  if (t.in_turn()) return size_t(channel_rows(p)) * (kChannelWidth * kState * sizeof(float) + sizeof(int)) + sizeof(int);
   return t.pieces > 1 ? sizeof(float) * size_t(p.batch) * t.pieces * p.dim * (kState + 1) : 0;
 }
 

@@ -27,15 +27,17 @@ template <typename T> struct Args {
   int vec;  // every row of u, delta, z, y, B and C starts at a 16-byte boundary
   int pieces, piece_len;
   float* piece_state;  // [batch, pieces, dim, kState]: state at the end of a piece that started from zero
-  float* piece_dt;     // [batch, pieces, dim]: sum of dt over the piece
+  float* piece_dt;     // [batch, pieces, dim]: sum of dt over the piece, or of so many tokens at its end that no state is left
+  int* turns;          // pieces in turn: tickets drawn, then for every row of blocks the pieces done; piece_state: see Turn
 };
 
-// Which kernel, and: chain: groups of channels in a block, scanning warps of a group, copying warps; channel: decays on
-// the FMA pipe (in groups), pieces of the sequence.
+// Which kernel, and: chain: groups of channels in a block, scanning warps of a group, copying warps; channel: pieces of a
+// row, side by side or in turn by so many blocks of a multiprocessor (in copiers).
 struct Tactic {
   enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2 };
   int kernel, groups, warps, copiers, pieces;
   int code() const { return kernel | groups << 4 | warps << 12 | copiers << 17 | pieces << 20; }
+  int in_turn() const { return kernel == kChannel && pieces > 1 ? copiers : 0; }
   static Tactic from(int c) { return {c & 15, c >> 4 & 255, c >> 12 & 31, c >> 17 & 7, c >> 20 & 1023}; }
 };
 

@@ -3,186 +3,144 @@
 // A block has 128 neighbouring channels. Tiles of kTile tokens of u, delta and z come in by cp.async, double
 // buffered, so that a thread reads them with immediate offsets and no address arithmetic; y leaves through shared
 // memory in 16-byte stores. B and C are the same for all threads: converted to float32 once per block and read as
-// broadcasts. What is left per (channel, token) is about 120 instructions, 20 of them special-function.
+// broadcasts. What is left per (channel, token) is about 120 instructions, 19 of them special-function.
+//
+// A row may be cut into pieces, a block for each:
+//   in turn       where whole rows would leave some multiprocessors with a block more than others: as many blocks run
+//                 as have a place, and a piece waits for the state of the one before it, which an earlier ticket has
+//   side by side  for few long rows: selective_scan_pieces.cuh makes the state at the end of every piece first
 #pragma once
 
-#include "selective_scan.cuh"
+#include "selective_scan_pieces.cuh"
 
 namespace mamba::scan {
-
-constexpr int kTile = 16;
-constexpr int kWidth = 128;  // channels and threads of a block
 
 template <typename T> struct ChannelShared {
   T u[kTile][kWidth], delta[kTile][kWidth], z[kTile][kWidth], y[kTile][kWidth];
   float bc[kTile][2 * kState];
 };
 
-// A thread's share of moving the tiles of one activation: with kVec runs of 16 bytes, else its own channel.
-template <typename T, bool kVec> struct Lane {
-  static constexpr int kRun = kVec ? 16 / sizeof(T) : 1, kRuns = kWidth / kRun;
-  static constexpr int kRows = kWidth / kRuns;  // tokens between this thread's rows of a tile
-  T* p;                                         // this thread's first row of the next tile
-  int64_t rows, tile;                           // steps of kRows and of kTile tokens, in elements
-  int r, c;
+// A token's decays, recurrence and sum over the states. bc holds its 16 values of B and 16 of C.
+__device__ __forceinline__ float channel_token(float (&h)[kState], const float (&A)[kState], const float* bc, float dt, float du,
+                                               float y) {
+  float part[4] = {y, 0.0f, 0.0f, 0.0f};  // four chains, so that no sum waits for the one before
+#pragma unroll
+  for (int n = 0; n < kState; n += 4) {
+    const Vec<float, 4> B = load_vec<float, 4>(bc + n), C = load_vec<float, 4>(bc + kState + n);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      h[n + j] = fmaf(ex2(dt * A[n + j]), h[n + j], du * B.v[j]);
+      part[j] = n == 0 && j > 0 ? C.v[j] * h[n + j] : fmaf(C.v[j], h[n + j], part[j]);
+    }
+  }
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
 
-  __device__ __forceinline__ Lane(const T* base, const Strides& s, int b, int64_t first, int64_t dir, int c0)
-      : rows(dir * kRows * s.token), tile(dir * kTile * s.token), r(threadIdx.x / kRuns), c(threadIdx.x % kRuns * kRun) {
-    p = const_cast<T*>(base) + b * s.batch + (first + dir * r) * s.token + c0 + c;
-  }
-  __device__ __forceinline__ void stage(T (*dst)[kWidth], int tokens, int channels) {
+// kCount tokens from token i of a tile on: what is elementwise for all of them first.
+template <int kCount, typename T>
+__device__ __forceinline__ void channel_tokens(ChannelShared<T>& tile, int i, float (&h)[kState], const float (&A)[kState], float bias,
+                                               float D, bool use_softplus, bool has_z) {
+  float dt[kCount], du[kCount], gate[kCount], y[kCount];
+  const int c = threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < kTile / kRows; i++) {
-      const bool valid = r + i * kRows < tokens && c < channels;
-      T* to = &dst[r + i * kRows][c];
-      if constexpr (kVec) {
-        if (valid) cp_async<16>(to, p + i * rows);
-      } else {
-        if (valid) *to = p[i * rows];
-      }
-    }
-    p += tile;
+  for (int j = 0; j < kCount; j++) {
+    dt[j] = to_float(tile.delta[i + j][c]), du[j] = to_float(tile.u[i + j][c]), gate[j] = to_float(tile.z[i + j][c]);
   }
-  __device__ __forceinline__ void unstage(const T (*src)[kWidth], int tokens, int channels) {
 #pragma unroll
-    for (int i = 0; i < kTile / kRows; i++) {
-      if (r + i * kRows < tokens && c < channels) {
-        const T* from = &src[r + i * kRows][c];
-        if constexpr (kVec) {
-          *reinterpret_cast<uint4*>(p + i * rows) = *reinterpret_cast<const uint4*>(from);
-        } else {
-          p[i * rows] = *from;
-        }
-      }
+  for (int j = 0; j < kCount; j++) {
+    dt[j] = time_step<T>(dt[j] + bias, use_softplus);
+    gate[j] = has_z ? silu(gate[j]) : 1.0f;
+    y[j] = D * du[j], du[j] *= dt[j];
+  }
+  __syncwarp();  // keeps the compiler from mixing the two, which it does until every result is waited for
+#pragma unroll
+  for (int j = 0; j < kCount; j++) y[j] = channel_token(h, A, tile.bc[i + j], dt[j], du[j], y[j]);
+#pragma unroll
+  for (int j = 0; j < kCount; j++) tile.y[i + j][c] = from_float<T>(y[j] * gate[j]);
+}
+
+// The states of a row of blocks on their way from piece to piece, and how many pieces are done.
+struct Turn {
+  float4* states;  // [kState / 4][kWidth]
+  int* done;
+
+  template <typename T>
+  __device__ __forceinline__ Turn(const Args<T>& p, const Place& at)
+      : states(reinterpret_cast<float4*>(p.piece_state) + at.row() * (kState / 4 * kWidth) + threadIdx.x),
+        done(p.turns + 1 + at.row()) {}
+  __device__ __forceinline__ void take(float (&h)[kState], int piece) const {
+    if (threadIdx.x == 0) {
+      while (load_acquire(done) < piece) __nanosleep(64);
     }
-    p += tile;
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kState; n += 4) {
+      const float4 v = __ldcg(states + n / 4 * kWidth);
+      h[n] = landed(v.x), h[n + 1] = landed(v.y), h[n + 2] = landed(v.z), h[n + 3] = landed(v.w);
+    }
+  }
+  __device__ __forceinline__ void hand_on(const float (&h)[kState], int piece) const {
+#pragma unroll
+    for (int n = 0; n < kState; n += 4) __stcg(states + n / 4 * kWidth, make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]));
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) store_release(done, piece + 1);
   }
 };
 
-// One token: decays, recurrence, output. bc holds this token's 16 values of B and 16 of C.
-template <typename T, int kFma>
-__device__ __forceinline__ T channel_token(float (&h)[kState], const float (&A)[kState], const float* bc, float u,
-                                           float dt, float z, float D, bool has_z) {
-  const float du = dt * u;
-  float part[4] = {D * u, 0.0f, 0.0f, 0.0f};  // four chains, so that no sum waits for the one before
-#pragma unroll
-  for (int n = 0; n < kState; n += 4) {
-    float B[4], C[4];
-    *reinterpret_cast<float4*>(B) = *reinterpret_cast<const float4*>(bc + n);
-    *reinterpret_cast<float4*>(C) = *reinterpret_cast<const float4*>(bc + kState + n);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const float x = dt * A[n + j];
-      const float a = n + j < kFma ? ex2_fma(x) : ex2(x);
-      h[n + j] = fmaf(a, h[n + j], du * B[j]);
-      part[j] = n == 0 && j > 0 ? C[j] * h[n + j] : fmaf(C[j], h[n + j], part[j]);
-    }
-  }
-  const float y = (part[0] + part[1]) + (part[2] + part[3]);
-  return from_float<T>(has_z ? y * silu(z) : y);
-}
+template <typename T, bool kVec>
+__global__ void __launch_bounds__(kWidth, kVec && sizeof(T) == 2 ? 4 : 3) channel_kernel(const __grid_constant__ Args<T> p) {
+  extern __shared__ __align__(16) char memory[];
+  auto* tiles = reinterpret_cast<ChannelShared<T>*>(memory);  // [2]
+  const Place at = place_of_block(p);
+  const Part<T> part(p, at);
+  if (part.piece > part.last) return;
+  const int channels = part.channels, c = part.c0 + threadIdx.x, row = part.tokens;
+  const bool active = int(threadIdx.x) < channels, use_softplus = p.softplus, has_z = p.z;
 
-__device__ __forceinline__ void store_state(float* dst, const float (&h)[kState]) {
-#pragma unroll
-  for (int n = 0; n < kState; n += 4) {
-    *reinterpret_cast<float4*>(dst + n) = make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
-  }
-}
-
-template <typename T, bool kVec, int kFma, bool kStateOnly>
-__global__ void __launch_bounds__(kWidth, sizeof(T) == 4 ? 3 : 5) channel_kernel(const __grid_constant__ Args<T> p) {
-  extern __shared__ __align__(16) char shared[];
-  auto* tiles = reinterpret_cast<ChannelShared<T>*>(shared);  // [2]
-  const int b = blockIdx.y;
-  const int blocks_per_group = ceil_div(p.group_dim, kWidth);
-  const int group = blockIdx.x / blocks_per_group;
-  const int c0 = group * p.group_dim + (blockIdx.x % blocks_per_group) * kWidth;
-  const int channels = min(kWidth, (group + 1) * p.group_dim - c0);
-  const int c = c0 + threadIdx.x;
-  const bool active = int(threadIdx.x) < channels;
-  const int piece = blockIdx.z, full_row = row_length(p, b), t_begin = min(piece * p.piece_len, full_row);
-  const int row = min(p.piece_len, full_row - t_begin);  // tokens of this block
-  const int64_t dir = p.reverse ? -1 : 1, first = p.reverse ? full_row - 1 - t_begin : t_begin;
-  const bool use_softplus = p.softplus, has_z = !kStateOnly && p.z;
-
-  float A[kState], h[kState];
-#pragma unroll
-  for (int n = 0; n < kState; n++) {
-    A[n] = active ? p.A[int64_t(c) * kState + n] * kLog2e : 0.0f;
-    h[n] = active && p.h0 && !kStateOnly ? p.h0[(int64_t(b) * p.dim + c) * kState + n] : 0.0f;
-  }
-  for (int j = 0; !kStateOnly && active && j < piece; j++) {  // through the pieces before
-    const int64_t at = (int64_t(b) * p.pieces + j) * p.dim + c;
-    const float dt = p.piece_dt[at];
-#pragma unroll
-    for (int n = 0; n < kState; n++) h[n] = fmaf(ex2(A[n] * dt), h[n], p.piece_state[at * kState + n]);
-  }
-  float dt_total = 0.0f;
-  const float bias = active && p.bias ? p.bias[c] : 0.0f, D = active && p.D ? p.D[c] : 0.0f;
-
-  // The first 4 * kTile / 2 threads stage one run of eight states each: tile token, B or C, half.
-  const int run = threadIdx.x, run_token = run / 4;
-  const bool is_b = run % 4 < 2;
-  const int64_t bc_token = is_b ? p.B_stride.token : p.C_stride.token;
-  const T* pbc = (is_b ? p.B + b * p.B_stride.batch : p.C + b * p.C_stride.batch) + (first + dir * run_token) * bc_token +
-                 group * kState + run % 2 * 8;
-  Run<T> raw{};  // where there is no token the values of the tile before stay: they meet dt = 0 or are not used
-  auto load_bc = [&](int t0) {
-    if (run < 4 * kTile && t0 + run_token < row) load_run8<T, kVec>(raw, pbc);
-    pbc += dir * kTile * bc_token;
-  };
-  Lane<T, kVec> u(p.u, p.u_stride, b, first, dir, c0), delta(p.delta, p.delta_stride, b, first, dir, c0);
-  Lane<T, kVec> z(has_z ? p.z : p.u, has_z ? p.z_stride : p.u_stride, b, first, dir, c0);
-  Lane<T, kVec> y(p.y, p.y_stride, b, first, dir, c0);
+  Lane<T, kVec> u(p.u, p.u_stride, part), delta(p.delta, p.delta_stride, part), y(p.y, p.y_stride, part);
+  Lane<T, kVec> z(has_z ? p.z : p.u, has_z ? p.z_stride : p.u_stride, part);
+  StatesLane<T, kVec> states(p, part, threadIdx.x);
   auto stage = [&](ChannelShared<T>& tile, int t0) {
     u.stage(tile.u, row - t0, channels);
     delta.stage(tile.delta, row - t0, channels);
     if (has_z) z.stage(tile.z, row - t0, channels);
     cp_async_commit();
+    states.load(row - t0);
   };
-
   if (row > 0) stage(tiles[0], 0);
-  load_bc(0);
+
+  float A[kState], h[kState];
+#pragma unroll
+  for (int n = 0; n < kState; n++) A[n] = active ? p.A[int64_t(c) * kState + n] * kLog2e : 0.0f, h[n] = 0.0f;
+  const float bias = landed(active && p.bias ? p.bias[c] : 0.0f), D = landed(active && p.D ? p.D[c] : 0.0f);
+  if (p.turns && part.piece > 0) {
+    Turn(p, at).take(h, part.piece);
+  } else if (active) {
+    state_before(h, A, p, part.b, part.piece, c);
+  }
+
   int buffer = 0;
   for (int t0 = 0; t0 < row; t0 += kTile, buffer ^= 1) {
     ChannelShared<T>& tile = tiles[buffer];
-    if (run < 4 * kTile) stage_states(&tile.bc[run_token][run % 4 * 8], raw);
+    if (states.token < kTile) stage_states(&tile.bc[states.token][states.part * 8], states.raw);
     cp_async_wait<0>();
     __syncthreads();  // this tile is here, and everyone is done with the tile before
-    if (!kStateOnly && t0 > 0) y.unstage(tiles[buffer ^ 1].y, kTile, channels);
+    if (t0 > 0) y.unstage(tiles[buffer ^ 1].y, kTile, channels);
     if (t0 + kTile < row) stage(tiles[buffer ^ 1], t0 + kTile);
-    load_bc(t0 + kTile);
-    auto token = [&](int i) {
-      const float dt = time_step<T>(to_float(tile.delta[i][threadIdx.x]) + bias, use_softplus);
-      const T out = channel_token<T, kFma>(h, A, tile.bc[i], to_float(tile.u[i][threadIdx.x]), dt,
-                                           to_float(tile.z[i][threadIdx.x]), D, has_z);
-      if (kStateOnly) {
-        dt_total += dt;
-      } else {
-        tile.y[i][threadIdx.x] = out;
-      }
-    };
     const int tokens = min(kTile, row - t0);
     int i = 0;
 #pragma unroll 1
-    for (; i + 4 <= tokens; i += 4) {
-#pragma unroll
-      for (int j = 0; j < 4; j++) token(i + j);
-    }
+    for (; i + kAtOnce <= tokens; i += kAtOnce) channel_tokens<kAtOnce>(tile, i, h, A, bias, D, use_softplus, has_z);
 #pragma unroll 1
-    for (; i < tokens; i++) token(i);
+    for (; i < tokens; i++) channel_tokens<1>(tile, i, h, A, bias, D, use_softplus, has_z);
   }
-  if constexpr (kStateOnly) {
-    const int64_t at = (int64_t(b) * p.pieces + piece) * p.dim + c;
-    if (active) p.piece_dt[at] = dt_total;
-    if (active) store_state(p.piece_state + at * kState, h);
-  } else {
-    __syncthreads();
-    if (row > 0) y.unstage(tiles[buffer ^ 1].y, (row - 1) % kTile + 1, channels);
-    if (piece != p.pieces - 1) return;
-    if (active && p.hT) store_state(p.hT + (int64_t(b) * p.dim + c) * kState, h);
-    zero_padding(p, b, full_row, c0, c0 + channels);
-  }
+  if (p.turns && part.piece < part.last) Turn(p, at).hand_on(h, part.piece);
+  __syncthreads();
+  if (row > 0) y.unstage(tiles[buffer ^ 1].y, (row - 1) % kTile + 1, channels);
+  if (part.piece < part.last) return;
+  if (active && p.hT) store_state(p.hT + (int64_t(part.b) * p.dim + c) * kState, h);
+  zero_padding(p, part.b, part.full, part.c0, part.c0 + channels);
 }
 
 }  // namespace mamba::scan

@@ -14,11 +14,35 @@ double waves(const Params& p, int width, int pieces) {
   return std::ceil(blocks / sm_count());
 }
 
-double channel_us(const Params& p, int pieces) {
-  // One or two blocks of 128 channels on a multiprocessor wait for latency, more for the special-function unit.
-  const double n = waves(p, 128, pieces), token_ns = n <= 1 ? 190 : n <= 2 ? 215 : 105.5 * n;
-  const double us = 1e-3 * p.seqlen / pieces * token_ns;
-  return pieces == 1 ? 4 + us : 12 + 1.65 * us + (0.9 + 0.008 * pieces) * pieces;
+// Nanoseconds a token takes blocks of the tactic channel, of which a multiprocessor has `blocks` at once (0 to 4): started
+// together; and started one by one, when they wait for the special-function unit at different times.
+double together_ns(double blocks) {
+  constexpr double kNs[] = {0, 131, 201, 297, 385};
+  const int n = std::min(4, int(std::ceil(blocks)));
+  return kNs[n];
+}
+double apart_ns(double blocks) {
+  constexpr double kNs[] = {0, 131, 190, 264, 342};
+  const int n = std::min(3, int(blocks));
+  return kNs[n] + (blocks - n) * (kNs[n + 1] - kNs[n]);
+}
+
+double whole_rows_us(const Params& p) {
+  const double blocks = double(channel_rows(p)) / sm_count(), full = std::floor(blocks / 4);
+  return 5 + 1e-3 * p.seqlen * (full * together_ns(4) + together_ns(blocks - 4 * full));
+}
+
+// A hand-over costs 3.6 us. At the end, and where places wait empty, a multiprocessor has fewer blocks than its share.
+double in_turn_us(const Params& p, int places, int pieces) {
+  const double blocks = double(channel_rows(p)) / sm_count(), running = std::min<double>(blocks, places);
+  const double uneven = 0.4 + 0.9 * (places - running), token_ns = apart_ns(running);
+  return 5 + 1e-3 * p.seqlen * token_ns * (blocks / running + uneven / pieces) + 3.6 * pieces * blocks / running;
+}
+
+// How many tokens the first pass looks back at depends on the data: about 1,500 in full, a few states further.
+double side_by_side_us(const Params& p, int blocks, int pieces) {
+  const double tokens = double(p.seqlen) / pieces;
+  return 25 + 1e-3 * tokens * together_ns(blocks) * (1.25 + 0.7 * std::min(1.0, 1500 / tokens));
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {
@@ -27,19 +51,24 @@ double chain_us(const Params& p, const ChainBlock& b) {
 
 // The tactics that cover the shape, fastest first.
 struct Candidates {
-  Tactic tactic[16];
-  double us[16];
+  Tactic tactic[32];
+  double us[32];
   int count = 0;
 
   explicit Candidates(const Params& p) {
-    add(p, {Tactic::kChannel, 1, 4, 0, 1}, channel_us(p, 1));
-    const int columns = p.batch * p.ngroups * ceil_div(p.dim / p.ngroups, 128);
-    for (int n = 2; n <= 5; n++) {
-      const int pieces = std::min(512, n * sm_count() / columns);
-      if (pieces > 1 && p.seqlen / pieces >= 32) add(p, {Tactic::kChannel, 1, 4, 0, pieces}, channel_us(p, pieces));
+    add(p, {Tactic::kChannel, 0, 0, 0, 1}, whole_rows_us(p));
+    for (int places = 2; places <= 4 && channel_rows(p) > sm_count(); places++) {
+      for (int pieces = 4; pieces <= 16 && p.seqlen / pieces >= 2 * 16; pieces *= 2) {
+        add(p, {Tactic::kChannel, 0, 0, places, pieces}, in_turn_us(p, places, pieces));
+      }
+    }
+    for (int blocks = 2; blocks <= 4; blocks++) {
+      const int pieces = std::min(1023, blocks * sm_count() / channel_rows(p));
+      if (pieces > 1 && p.seqlen / pieces >= 2 * 16) {
+        add(p, {Tactic::kChannel, 0, 0, 0, pieces}, side_by_side_us(p, blocks, pieces));
+      }
     }
     for (const ChainBlock& b : kChainBlocks) add(p, {Tactic::kChain, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
-    add(p, {Tactic::kChannel, 0, 4, 0, 1}, 1e18);
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
   }
   void add(const Params& p, const Tactic& t, double cost) {
