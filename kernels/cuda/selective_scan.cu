@@ -41,12 +41,16 @@ bool bc_aligned(const Params& p) {
 }
 
 bool covers_chain(const Params& p, const Tactic& t) {
-  if (p.d_state != kState || !bc_aligned(p) || !activations_aligned(p, 16) || p.dim / p.ngroups % 8 != 0 || t.pieces != 1 ||
-      t.groups < 1 || t.warps < 1 || t.copiers < 1 || t.groups * t.warps + t.copiers > kChainWarps) {
+  if (p.d_state != kState || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.warps < 1 || t.copiers < 1 ||
+      t.groups * t.warps + t.copiers > kChainWarps) {
     return false;
   }
-  const int slots = p.dtype == MAMBA_F32 ? chain_slots<float>(t) : chain_slots<__half>(t);
-  return slots >= ceil_div(t.warps, Chain::kTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
+  auto fits = [&](auto layout) {
+    const size_t run = layout.kRun * dtype_size(p.dtype);  // bytes copied at once, by accesses of 16 at most
+    return activations_aligned(p, std::min<size_t>(16, run)) && p.dim / p.ngroups % layout.kRun == 0 &&
+           layout.slots(t) >= ceil_div(t.warps, kChainTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
+  };
+  return p.dtype == MAMBA_F32 ? with_chain<float>(t, fits) : with_chain<__half>(t, fits);
 }
 
 bool covers(const Params& p, const Tactic& t);
@@ -93,7 +97,9 @@ bool covers(const Params& p, const Tactic& t) {
   switch (t.kernel) {
     case Tactic::kGeneric: return t.pieces == 1;
     case Tactic::kChannel: return p.d_state == kState && t.pieces >= 1;
-    case Tactic::kChain: return covers_chain(p, t);
+    case Tactic::kChain:
+    case Tactic::kChain4:
+    case Tactic::kChain8: return covers_chain(p, t);
     default: return false;
   }
 }

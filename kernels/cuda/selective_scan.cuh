@@ -31,10 +31,10 @@ template <typename T> struct Args {
   int* turns;          // pieces in turn: tickets drawn, then for every row of blocks the pieces done; piece_state: see Turn
 };
 
-// Which kernel, and: chain: groups of channels in a block, scanning warps of a group, copying warps; channel: pieces of a
-// row, side by side or in turn by so many blocks of a multiprocessor (in copiers).
+// Which kernel, and: chain (two, four or eight lanes a channel): groups of channels in a block, scanning warps of a group,
+// copying warps; channel: pieces of a row, side by side or in turn by so many blocks of a multiprocessor (in copiers).
 struct Tactic {
-  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2 };
+  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kChain4 = 3, kChain8 = 4 };
   int kernel, groups, warps, copiers, pieces;
   int code() const { return kernel | groups << 4 | warps << 12 | copiers << 17 | pieces << 20; }
   int in_turn() const { return kernel == kChannel && pieces > 1 ? copiers : 0; }

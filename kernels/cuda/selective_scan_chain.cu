@@ -2,13 +2,15 @@
 
 namespace mamba::scan {
 
+template <typename T, int kLanes> int launch(const Chain<T, kLanes>& layout, const Args<T>& args, const Tactic& t, int batch, cudaStream_t stream) {
+  const int count = layout.slots(t), bytes = count * layout.slot_bytes(t.groups) + layout.fixed_bytes(t.groups, t.warps);
+  if (!allow_shared<chain_kernel<T, kLanes>>(bytes)) return MAMBA_ERROR_TACTIC;
+  const dim3 grid(args.ngroups * ceil_div(args.group_dim, t.groups * layout.kWidth), batch);
+  return launch_early(chain_kernel<T, kLanes>, grid, 32 * (t.groups * t.warps + t.copiers), bytes, stream, args, t.groups, t.warps, count);
+}
+
 template <typename T> int launch_chain(const Args<T>& args, const Tactic& t, int batch, cudaStream_t stream) {
-  using L = Chain;
-  const int count = chain_slots<T>(t);
-  const int bytes = count * L::slot_bytes<T>(t.groups) + L::fixed_bytes(t.groups, t.warps);
-  if (!allow_shared<chain_kernel<T>>(bytes)) return MAMBA_ERROR_TACTIC;
-  const dim3 grid(args.ngroups * ceil_div(args.group_dim, t.groups * L::kWidth), batch);
-  return launch_early(chain_kernel<T>, grid, 32 * (t.groups * t.warps + t.copiers), bytes, stream, args, t.groups, t.warps, count);
+  return with_chain<T>(t, [&](auto layout) { return launch(layout, args, t, batch, stream); });
 }
 
 template int launch_chain(const Args<float>&, const Tactic&, int, cudaStream_t);

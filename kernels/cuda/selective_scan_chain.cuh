@@ -9,7 +9,7 @@
 #pragma once
 
 #include "early_launch.cuh"
-#include "selective_scan_chain_copy.cuh"
+#include "selective_scan_chain_pairs.cuh"
 
 namespace mamba::scan {
 
@@ -17,8 +17,8 @@ template <typename T>
 __device__ __forceinline__ void chain_tile(T* acts, const float* bc, const float* A, float* carry_in, float* carry_out,
                                            uint64_t* in_ready, uint64_t* out_ready, int parity, int valid, float bias,
                                            float D, bool use_softplus, bool has_z) {
-  using L = Chain;
-  constexpr int G = L::kWidth, kAct = L::kActivation, kRow = L::kRow, kStep = L::kStep;
+  using L = Chain<T, 2>;
+  constexpr int G = L::kWidth, kAct = L::kActivation, kRow = L::kRow, kStep = L::kStep, kToC = L::kToC;
   const bool odd = threadIdx.x & 16;  // this half of the warp finishes the odd tokens, the other the even ones
   float dt[16], du[16], y[16], d[8], x[8];
   T* own = acts + (odd ? G : 0);
@@ -79,7 +79,6 @@ __device__ __forceinline__ void chain_tile(T* acts, const float* bc, const float
       }
     }
   };
-  constexpr int kToC = 2 * L::kStates * kRow + 2 * L::kHalfPad;
   inputs(bc);
 #pragma unroll 1
   for (int s = 0; s < L::kStates - 1; s++) {
@@ -104,11 +103,11 @@ __device__ __forceinline__ void chain_tile(T* acts, const float* bc, const float
   }
 }
 
-template <typename T>
+template <typename T, int kLanes>
 __global__ void __launch_bounds__(32 * kChainWarps, 1)
     chain_kernel(const __grid_constant__ Args<T> p, int K, int W, int N) {
-  using L = Chain;
-  constexpr int G = L::kWidth, kStates = L::kStates, kAct = L::kActivation;
+  using L = Chain<T, kLanes>;
+  constexpr int G = L::kWidth, kStates = L::kStates, kHands = L::kHands, kTogether = L::kTogether, kAct = L::kActivation;
   const int warps = K * W, copiers = blockDim.x / 32 - warps;
   const int b = blockIdx.y, width = K * G;
   const int blocks_per_group = ceil_div(p.group_dim, width);
@@ -117,15 +116,14 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
   const int channels = min(width, (group + 1) * p.group_dim - c0);
 
   extern __shared__ __align__(16) char shared[];
-  const int slot_bytes = L::slot_bytes<T>(K);
+  const int slot_bytes = L::slot_bytes(K);
   auto slot_acts = [&](int slot) { return reinterpret_cast<T*>(shared + slot * slot_bytes); };
   auto slot_bc = [&](int slot) { return reinterpret_cast<float*>(slot_acts(slot) + 3 * K * kAct); };
-  float* carries = reinterpret_cast<float*>(shared + N * slot_bytes);       // [K][W][kStates][32]
-  float* s_A = carries + K * W * kStates * 32;                              // a copy for every warp, log2 units
-  uint64_t* ready = reinterpret_cast<uint64_t*>(s_A + K * W * kStates * 32);  // [K][W][kStates]: handed on
-  uint64_t *filled = ready + K * W * kStates, *done = filled + 16;             // [N] each
+  float* records = reinterpret_cast<float*>(shared + N * slot_bytes);            // [K][W][kRecord]
+  uint64_t* ready = reinterpret_cast<uint64_t*>(records + K * W * L::kRecord);  // [K][W][kHands]: handed on
+  uint64_t *filled = ready + K * W * kHands, *done = filled + 16;                // [N] each
 
-  for (int i = threadIdx.x; i < K * W * kStates; i += blockDim.x) mbarrier_init(&ready[i], 32);
+  for (int i = threadIdx.x; i < K * W * kHands; i += blockDim.x) mbarrier_init(&ready[i], 32);
   if (threadIdx.x < N) {
     mbarrier_init(&filled[threadIdx.x], 2 * 32);
     mbarrier_init(&done[threadIdx.x], L::kTiles * 32 * K);
@@ -137,38 +135,51 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp < warps) {
-    const int k = warp % K, w = warp / K, half = lane / G, c = c0 + k * G + lane % G;
+    const int k = warp % K, w = warp / K, part = lane / G, c = c0 + k * G + lane % G;
     const bool in = c < c0 + channels, use_softplus = p.softplus, has_z = p.z;
     const float bias = in && p.bias ? p.bias[c] : 0.0f, D = in && p.D ? p.D[c] : 0.0f;
     const int before = w == 0 ? W - 1 : w - 1;
-    float *A = s_A + warp * kStates * 32 + lane, *carry_in = carries + (k * W + before) * kStates * 32 + lane;
-    float* carry_out = carries + (k * W + w) * kStates * 32 + lane;
-    uint64_t *in_ready = ready + (k * W + before) * kStates, *out_ready = ready + (k * W + w) * kStates;
+    float* record = records + (k * W + w) * L::kRecord;
+    float *carry_in = records + (k * W + before) * L::kRecord + lane * kTogether, *carry_out = record + lane * kTogether;
+    uint64_t *in_ready = ready + (k * W + before) * kHands, *out_ready = ready + (k * W + w) * kHands;
+    [[maybe_unused]] PairLane<L> own;
     // The last warp hands the state before the first token on to warp 0.
 #pragma unroll
     for (int s = 0; s < kStates; s++) {
-      const int state = half * kStates + s;
-      A[s * 32] = in ? p.A[int64_t(c) * kState + state] * kLog2e : 0.0f;
+      const int state = part * kStates + s;
+      const int at = s / kTogether * 32 * kTogether + s % kTogether;
+      carry_out[kStates * 32 + at] = in ? p.A[int64_t(c) * kState + state] * kLog2e : 0.0f;
       if (w == W - 1) {
-        carry_out[s * 32] = in && p.h0 ? p.h0[(int64_t(b) * p.dim + c) * kState + state] : 0.0f;
-        mbarrier_arrive(out_ready + s);
+        carry_out[at] = in && p.h0 ? p.h0[(int64_t(b) * p.dim + c) * kState + state] : 0.0f;
+        if (s % kTogether == kTogether - 1) mbarrier_arrive(out_ready + s / kTogether);
       }
     }
-    int parity = 0, slot = w / L::kTiles % N, lap = w / L::kTiles / N & 1;
-    for (int tile = w; tile < spans * L::kTiles; parity ^= 1) {
-      const int place = tile % L::kTiles;
+    if constexpr (kLanes > 2) {
+      own.bias = bias, own.D = D, own.use_softplus = use_softplus, own.has_z = has_z, own.use_record(record);
+      own.carry_in = reinterpret_cast<float2*>(carry_in), own.carry_out = reinterpret_cast<float2*>(carry_out);
+      own.in_ready = in_ready, own.out_ready = out_ready;
+    }
+    const int first = kLanes == 2 ? 0 : part * L::kOwn;  // this lane's own tokens; with two lanes a channel it has every other
+    uint32_t place = w, lap = 0, parity = 0;  // in the ring of N slots, which holds more than W tiles
+    const int end = n - spans * L::kSpan;
+    for (int left = n - w * L::kTokens; left > end; left -= L::kTokens * W, parity ^= 1) {
+      const uint32_t slot = place / L::kTiles, at = place % L::kTiles;
       mbarrier_wait(&filled[slot], lap);
-      if (tile < tiles) {
-        T* acts = slot_acts(slot) + k * 3 * kAct + place * (L::kTokens + 1) * G + lane % G;
-        const float* bc = slot_bc(slot) + half * (kStates * L::kRow + L::kHalfPad) + place * 4;
-        chain_tile<T>(acts, bc, A, carry_in, carry_out, in_ready, out_ready, parity, n - tile * L::kTokens, bias, D, use_softplus, has_z);
+      if (left > 0) {
+        T* acts = slot_acts(slot) + k * 3 * kAct + at * L::kTileRows * G + (first + first / L::kPadded) * G + lane % G;
+        const float* bc = slot_bc(slot) + L::row(kStates) * part + at * 4;
+        if constexpr (kLanes == 2) {
+          chain_tile<T>(acts, bc, carry_out + kStates * 32, carry_in, carry_out, in_ready, out_ready, parity, left, bias, D, use_softplus, has_z);
+        } else {
+          chain_tile_pairs<T, L>(own, acts, bc, left - first, parity);
+        }
       }
       mbarrier_arrive(&done[slot]);
-      slot += (tile + W) / L::kTiles - tile / L::kTiles, tile += W;
-      while (slot >= N) slot -= N, lap ^= 1;
+      place += W;
+      if (place >= uint32_t(N) * L::kTiles) place -= N * L::kTiles, lap ^= 1;
     }
   } else {
-    const Copier<T> copier(p, b, group, c0, channels, n);
+    const Copier<T, L> copier(p, b, group, c0, channels, n);
     const int first = warp - warps;
     for (int span = first; span < spans; span += copiers) {
       const int slot = span % N;
@@ -191,9 +202,9 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
   if (p.hT) {
     const int last = (tiles + W - 1) % W;  // the warp of the last tile; W - 1, which holds the start, if there is none
     for (int i = threadIdx.x; i < channels * kState; i += blockDim.x) {
-      const int c = i / kState, s = i % kState;
+      const int c = i / kState, s = i % kState, lane_of = s / kStates * G + c % G, hand = s % kStates / kTogether;
       p.hT[(int64_t(b) * p.dim + c0 + c) * kState + s] =
-          carries[((c / G * W + last) * kStates + s % kStates) * 32 + s / kStates * G + c % G];
+          records[(c / G * W + last) * L::kRecord + (hand * 32 + lane_of) * kTogether + s % kTogether];
     }
   }
   zero_padding(p, b, n, c0, c0 + channels);

@@ -9,28 +9,43 @@
 namespace mamba::scan {
 
 constexpr int kChainWarps = 16;  // of a block, at most
+constexpr int kChainTiles = 4;   // of a slot
 
-struct Chain {
-  static constexpr int kWidth = 16, kTokens = 16;           // channels of a group, tokens of a tile
-  static constexpr int kTiles = 4, kSpan = kTiles * kTokens;  // tiles and tokens of a slot
-  static constexpr int kStates = 8;                         // of a lane
-  // A slot: u, delta, z of every group, [tile][token][kWidth] with one token of padding a tile; then B and C as float32,
-  // [2 * kState][token / 4 of a tile][tile][4], time innermost. The pad: the halves of a warp read different banks.
-  static constexpr int kHalfPad = 4, kRow = kSpan, kStep = kTiles * 4;
-  static constexpr int kActivation = kTiles * (kTokens + 1) * kWidth;
-  template <typename T> static __host__ __device__ int slot_bytes(int K) {
-    return int(3 * K * kActivation * sizeof(T) + (2 * kState * kRow + 4 * kHalfPad) * sizeof(float));
+// kLanes lanes of a warp share a channel, 16 / kLanes of its states each.
+template <typename T, int kLanes> struct Chain {
+  static constexpr int kLanesOfChannel = kLanes, kWidth = 32 / kLanes, kTokens = 16;  // kWidth channels: a group; kTokens: a tile
+  static constexpr int kTiles = kChainTiles, kSpan = kTiles * kTokens;  // tiles and tokens of a slot
+  static constexpr int kRun = kWidth < 8 ? kWidth : 8;      // channels copied at once
+  static constexpr int kStates = kState / kLanes, kOwn = kTokens / kLanes;  // states of a lane, tokens it finishes
+  static constexpr int kTogether = kLanes == 2 ? 1 : 2, kHands = kStates / kTogether;  // states handed on at once; how often
+  // A slot: u, delta, z of every group, [tile][token][kWidth] with a token of padding behind every kPadded (so that the
+  // lanes of a warp, which read kOwn tokens in a row, read different banks); then B and C as float32,
+  // [2 * kState][token / 4 of a tile][tile][4], time innermost. The pad: lanes with different states read different banks.
+  static constexpr int kPadded = kLanes == 2 ? kTokens : 128 / (kWidth * int(sizeof(T)));
+  static constexpr int kTileRows = kTokens + kTokens / kPadded, kActivation = kTiles * kTileRows * kWidth;
+  static constexpr int kPad = 4, kRow = kSpan, kStep = kTiles * 4;
+  static constexpr __host__ __device__ int row(int state) { return state * kRow + state / kStates * kPad; }  // C: from kState on
+  static constexpr int kToC = row(kState);
+  // A scanning warp's record: the states it hands on and its copy of A, both [kHands][32][kTogether]; with more than two
+  // lanes dt, dt * u and D * u of every channel, and the lanes' parts of y.
+  static constexpr int kSteps = 3 * kTokens + 32 / kWidth, kSums = kTokens * kWidth + 4;  // of a channel; of its n-th lane
+  static constexpr int kRecord = 2 * kStates * 32 + (kLanes == 2 ? 0 : kWidth * kSteps + kLanes * kSums);
+
+  static __host__ __device__ int slot_bytes(int K) { return int(3 * K * kActivation * sizeof(T) + row(2 * kState) * sizeof(float)); }
+  static __host__ __device__ int fixed_bytes(int K, int W) {  // records [K][W]; barriers: [K][W][kHands] and 2 a slot
+    return int(sizeof(float) * K * W * kRecord + sizeof(uint64_t) * (K * W * kHands + 32));
   }
-  static __host__ __device__ int fixed_bytes(int K, int W) {
-    // carries and A [K][W][kStates][32], barriers: [K][W][kStates] and 2 a slot
-    return int(sizeof(float) * 2 * K * W * kStates * 32 + sizeof(uint64_t) * (K * W * kStates + 32));
-  }
+  // Slots that fit beside the rest; negative or 0 if not even that does.
+  static int slots(const Tactic& t) { return std::min(16, (int(max_shared_bytes()) - fixed_bytes(t.groups, t.warps)) / slot_bytes(t.groups)); }
 };
 
-// Slots that fit beside the rest; negative or 0 if not even that does.
-template <typename T> int chain_slots(const Tactic& t) {
-  const int left = int(max_shared_bytes()) - Chain::fixed_bytes(t.groups, t.warps);
-  return std::min(16, left / Chain::slot_bytes<T>(t.groups));
+// Calls f with the layout of a tactic.
+template <typename T, typename F> auto with_chain(const Tactic& t, F&& f) {
+  switch (t.kernel) {
+    case Tactic::kChain4: return f(Chain<T, 4>{});
+    case Tactic::kChain8: return f(Chain<T, 8>{});
+    default: return f(Chain<T, 2>{});
+  }
 }
 
 template <int kBytes> __device__ __forceinline__ void cp_async_at(uint32_t dst, const void* src) {
@@ -47,9 +62,8 @@ __device__ __forceinline__ void mbarrier_arrive_copies(uint64_t* bar) {
 
 // One lane of a copying warp; a warp moves a whole slot. Activations move in runs of kRun channels: a lane has
 // one column of them and every `rows`-th token.
-template <typename T> struct Copier {
-  using L = Chain;
-  static constexpr int kRun = 8;
+template <typename T, typename L> struct Copier {
+  static constexpr int kRun = L::kRun;
   static constexpr int kAct = L::kActivation;
   static constexpr int kRunBytes = kRun * sizeof(T), kBytes = kRunBytes < 16 ? kRunBytes : 16;  // of one access
 
@@ -85,7 +99,7 @@ template <typename T> struct Copier {
     const T *pu = u.at(t0 + token0), *pd = delta.at(t0 + token0), *pz = z.at(t0 + token0);
     const bool has_z = args.z;
     for (int t = token0; t < count; t += rows) {
-      const uint32_t to = dst + (t + t / L::kTokens) * int(L::kWidth * sizeof(T));
+      const uint32_t to = dst + (t + t / L::kPadded) * int(L::kWidth * sizeof(T));
 #pragma unroll
       for (int i = 0; i < kRunBytes / kBytes; i++) {
         constexpr int kElements = kBytes / sizeof(T);
@@ -101,7 +115,7 @@ template <typename T> struct Copier {
     const int count = min(L::kSpan, n - t0);
     T* to = y.at(t0 + token0);
     for (int t = token0; t < count; t += rows) {
-      store_vec<T, kRun>(to, load_vec<T, kRun>(from + (t + t / L::kTokens) * L::kWidth));
+      store_vec<T, kRun>(to, load_vec<T, kRun>(from + (t + t / L::kPadded) * L::kWidth));
       to += rows * y.token;
     }
   }
@@ -130,10 +144,10 @@ template <typename T> struct Copier {
     float f[4][8];
 #pragma unroll
     for (int r = 0; r < 4; r++) to_floats(f[r], raw[r]);
-    float* dst = bc + eighth * (8 * L::kRow + L::kHalfPad) + quad * 4;
+    float* dst = bc + eighth * L::row(8) + quad * 4;
 #pragma unroll
     for (int s = 0; s < 8; s++) {
-      *reinterpret_cast<float4*>(dst + s * L::kRow) = make_float4(f[0][s], f[1][s], f[2][s], f[3][s]);
+      *reinterpret_cast<float4*>(dst + L::row(s)) = make_float4(f[0][s], f[1][s], f[2][s], f[3][s]);
     }
   }
   __device__ __forceinline__ void fill_states(float* bc, int t0) const {

@@ -1,13 +1,20 @@
 // The selector: microseconds of each tactic from figures measured on an H200 (kernels/NOTES-selective-scan.md), scaled
 // to the multiprocessors of this device. Only the order matters. It runs at every call: no allocation, no driver calls.
 
-// Blocks of the chain: groups of 16 channels, warps a group, copying warps, and what was measured: nanoseconds per token
-// of a block that has a multiprocessor to itself. The last one fits where shared memory is small.
+// Blocks of the chain: the kernel (lanes a channel), groups of 32 / lanes channels, warps a group, copying warps, and
+// nanoseconds per token of a block that has a multiprocessor to itself: with two lanes measured (the last one fits where
+// shared memory is small), with four and eight ESTIMATED from the count of instructions.
 struct ChainBlock {
-  int groups, warps, copiers;
+  int kernel, groups, warps, copiers;
   double token_ns;
+  int lanes() const { return 2 << (kernel - Tactic::kChain); }
 };
-constexpr ChainBlock kChainBlocks[] = {{1, 14, 2, 18.7}, {2, 7, 2, 36.4}, {3, 5, 1, 49.6}, {1, 8, 2, 22.5}};
+constexpr ChainBlock kChainBlocks[] = {
+    {Tactic::kChain, 1, 14, 2, 18.7},  {Tactic::kChain, 2, 7, 2, 36.4},   {Tactic::kChain, 3, 5, 1, 49.6},
+    {Tactic::kChain, 1, 8, 2, 22.5},   {Tactic::kChain8, 3, 5, 1, 14.5},  {Tactic::kChain8, 3, 4, 2, 14.0},
+    {Tactic::kChain4, 1, 14, 2, 11.5}, {Tactic::kChain4, 2, 7, 2, 18.0},  {Tactic::kChain4, 3, 5, 1, 25.0},
+    {Tactic::kChain4, 4, 3, 2, 32.0},  {Tactic::kChain4, 5, 3, 1, 40.0},
+};
 
 double waves(const Params& p, int width, int pieces) {
   const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, width) * pieces;
@@ -46,7 +53,7 @@ double side_by_side_us(const Params& p, int blocks, int pieces) {
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {
-  return 6 + 1e-3 * p.seqlen * b.token_ns * waves(p, 16 * b.groups, 1);
+  return 6 + 1e-3 * p.seqlen * b.token_ns * waves(p, 32 / b.lanes() * b.groups, 1);
 }
 
 // The tactics that cover the shape, fastest first.
@@ -68,7 +75,7 @@ struct Candidates {
         add(p, {Tactic::kChannel, 0, 0, 0, pieces}, side_by_side_us(p, blocks, pieces));
       }
     }
-    for (const ChainBlock& b : kChainBlocks) add(p, {Tactic::kChain, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
+    for (const ChainBlock& b : kChainBlocks) add(p, {b.kernel, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
   }
   void add(const Params& p, const Tactic& t, double cost) {

@@ -13,7 +13,7 @@ size_t max_shared_bytes() { return sizeof(scan::shared); }
 using namespace mamba::scan;
 
 struct Case {
-  int batch, tokens, dim, ngroups, groups, warps, copiers;
+  int lanes, batch, tokens, dim, ngroups, groups, warps, copiers;
   bool few_slots, ragged, reverse, z, state;
 };
 
@@ -57,12 +57,12 @@ template <typename T> Args<T> arguments(const Case& c, Tensors<T>& t) {
   return a;
 }
 
-template <typename T> void launch(const Case& c, const Args<T>& a) {
-  const int least = mamba::ceil_div(c.warps, Chain::kTiles) + c.copiers;
-  const int slots = c.few_slots ? least : chain_slots<T>({Tactic::kChain, c.groups, c.warps, c.copiers, 1});
+template <typename T, int kLanes> void launch(const Chain<T, kLanes>& layout, const Case& c, const Args<T>& a) {
+  const int least = mamba::ceil_div(c.warps, kChainTiles) + c.copiers;
+  const int slots = c.few_slots ? least : layout.slots({0, c.groups, c.warps, c.copiers, 1});
   if (slots < least) std::abort();
   const unsigned threads = 32 * (c.groups * c.warps + c.copiers);
-  const unsigned blocks = c.ngroups * mamba::ceil_div(a.group_dim, c.groups * Chain::kWidth);
+  const unsigned blocks = c.ngroups * mamba::ceil_div(a.group_dim, c.groups * layout.kWidth);
   for (unsigned b = 0; b < blocks * c.batch; b++) {
     std::memset(mamba::scan::shared, 0xff, sizeof mamba::scan::shared);
     std::barrier<> all(threads);
@@ -74,7 +74,7 @@ template <typename T> void launch(const Case& c, const Args<T>& a) {
       running.emplace_back([&, i] {
         emulation::thread = dim3(i), emulation::block = dim3(b % blocks, b / blocks), emulation::block_size = dim3(threads);
         emulation::warp = warps[i / 32].get(), emulation::lane = int(i % 32);
-        chain_kernel<T>(a, c.groups, c.warps, slots);
+        chain_kernel<T, kLanes>(a, c.groups, c.warps, slots);
       });
     }
     for (auto& t : running) t.join();
@@ -84,7 +84,9 @@ template <typename T> void launch(const Case& c, const Args<T>& a) {
 // The relative errors of y and of the final state; padding must be zero.
 template <typename T> bool right(const Case& c) {
   Tensors<T> t;
-  launch(c, arguments(c, t));
+  const Args<T> a = arguments(c, t);
+  with_chain<T>({c.lanes == 2 ? Tactic::kChain : c.lanes == 4 ? Tactic::kChain4 : Tactic::kChain8, c.groups, c.warps, c.copiers, 1},
+                [&](auto layout) { launch(layout, c, a); });
   double y_error = 0, y_norm = 0, h_error = 0, h_norm = 0;
   bool padding = true;
   auto value = [](T v) { return double(mamba::to_float(v)); };
@@ -111,7 +113,7 @@ template <typename T> bool right(const Case& c) {
   }
   const double y = std::sqrt(y_error / (y_norm + 1e-30)), h = std::sqrt(h_error / (h_norm + 1e-30));
   const bool ok = y < (sizeof(T) == 4 ? 3e-6 : 4e-3) && h < 1e-5 && padding;
-  std::printf("%s: %d x %d tokens, %d channels: y %.1e state %.1e padding %d\n", ok ? "right" : "WRONG", c.batch, c.tokens,
+  std::printf("%s: %d lanes, %d x %d tokens, %d channels: y %.1e state %.1e padding %d\n", ok ? "right" : "WRONG", c.lanes, c.batch, c.tokens,
               c.dim, y, h, padding);
   return ok;
 }
@@ -119,16 +121,34 @@ template <typename T> bool right(const Case& c) {
 int main(int count, char**) {
   bool ok = true;
   if (count > 1) {  // the few for a sanitizer
-    ok &= right<__nv_bfloat16>({2, 90, 32, 2, 1, 3, 2, false, true, true, true, true});
-    ok &= right<__nv_bfloat16>({1, 200, 32, 1, 2, 2, 1, true, false, false, true, true});
+    ok &= right<__nv_bfloat16>({2, 2, 90, 32, 2, 1, 3, 2, false, true, true, true, true});
+    ok &= right<__nv_bfloat16>({2, 1, 200, 32, 1, 2, 2, 1, true, false, false, true, true});
+    ok &= right<__nv_bfloat16>({4, 2, 90, 16, 2, 1, 3, 2, false, true, true, true, true});
+    ok &= right<__nv_bfloat16>({4, 1, 200, 16, 1, 2, 2, 1, true, false, false, true, true});
+    ok &= right<__nv_bfloat16>({8, 2, 90, 8, 2, 1, 3, 2, false, true, true, true, true});
+    ok &= right<__nv_bfloat16>({8, 1, 200, 12, 1, 3, 2, 1, true, false, false, true, true});
     return !ok;
   }
-  ok &= right<float>({1, 100, 16, 1, 1, 2, 1, true, false, false, true, true});
-  ok &= right<float>({2, 70, 24, 1, 1, 3, 1, false, true, false, true, true});
-  ok &= right<__nv_bfloat16>({1, 333, 48, 1, 3, 5, 1, true, false, true, false, true});
-  ok &= right<__nv_bfloat16>({2, 150, 64, 2, 2, 3, 2, false, true, true, true, false});
-  ok &= right<__nv_bfloat16>({1, 1, 16, 1, 1, 14, 2, true, false, false, true, true});
-  ok &= right<__nv_bfloat16>({1, 500, 16, 1, 1, 14, 2, true, false, false, true, true});
-  ok &= right<__half>({1, 129, 32, 1, 2, 1, 1, true, false, false, true, true});
+  ok &= right<float>({2, 1, 100, 16, 1, 1, 2, 1, true, false, false, true, true});
+  ok &= right<float>({2, 2, 70, 24, 1, 1, 3, 1, false, true, false, true, true});
+  ok &= right<__nv_bfloat16>({2, 1, 333, 48, 1, 3, 5, 1, true, false, true, false, true});
+  ok &= right<__nv_bfloat16>({2, 2, 150, 64, 2, 2, 3, 2, false, true, true, true, false});
+  ok &= right<__nv_bfloat16>({2, 1, 1, 16, 1, 1, 14, 2, true, false, false, true, true});
+  ok &= right<__nv_bfloat16>({2, 1, 500, 16, 1, 1, 14, 2, true, false, false, true, true});
+  ok &= right<__half>({2, 1, 129, 32, 1, 2, 1, 1, true, false, false, true, true});
+  ok &= right<float>({4, 1, 100, 16, 1, 2, 2, 1, true, false, false, true, true});
+  ok &= right<float>({4, 2, 70, 24, 1, 2, 3, 1, false, true, false, true, true});
+  ok &= right<__nv_bfloat16>({4, 1, 333, 40, 1, 5, 3, 1, true, false, true, false, true});
+  ok &= right<__nv_bfloat16>({4, 2, 150, 48, 2, 2, 3, 2, false, true, true, true, false});
+  ok &= right<__nv_bfloat16>({4, 1, 1, 8, 1, 1, 14, 2, true, false, false, true, true});
+  ok &= right<__nv_bfloat16>({4, 1, 500, 8, 1, 1, 14, 2, true, false, false, true, true});
+  ok &= right<__half>({4, 1, 129, 16, 1, 2, 1, 1, true, false, false, true, true});
+  ok &= right<float>({8, 1, 100, 12, 1, 3, 2, 1, true, false, false, true, true});
+  ok &= right<float>({8, 2, 70, 20, 1, 3, 3, 1, false, true, false, true, true});
+  ok &= right<__nv_bfloat16>({8, 1, 333, 24, 1, 3, 5, 1, true, false, true, false, true});
+  ok &= right<__nv_bfloat16>({8, 2, 150, 32, 2, 3, 4, 2, false, true, true, true, false});
+  ok &= right<__nv_bfloat16>({8, 1, 1, 4, 1, 1, 14, 2, true, false, false, true, true});
+  ok &= right<__nv_bfloat16>({8, 1, 500, 8, 1, 2, 7, 2, true, false, false, true, true});
+  ok &= right<__half>({8, 1, 129, 12, 1, 3, 1, 1, true, false, false, true, true});
   return !ok;
 }

@@ -1,0 +1,136 @@
+// selective_scan, tactic "chain" with four or eight lanes a channel: a tile of 16 tokens, two states at a time.
+//
+// A lane makes dt, dt * u and silu(z) of 16 / kLanes tokens; dt and dt * u go to all lanes of the channel, and the lanes'
+// parts of y to the one that finishes a token, through the warp's record in shared memory. Nothing of a tile is in a
+// loop, and y is no sum in registers before the first pair of states: so two states' decays and inputs have room.
+#pragma once
+
+#include "selective_scan_chain_copy.cuh"
+
+namespace mamba::scan {
+
+// What a lane has for the whole row, and what moves with its tiles.
+template <typename L> struct PairLane {
+  float bias, D;
+  bool use_softplus, has_z;
+  const float2* carry_in;
+  float2* carry_out;  // and A, in log2 units, behind what is handed on
+  uint64_t *in_ready, *out_ready;
+  float *steps_out, *sums_out;  // in the warp's record, written by this lane
+  const float *steps, *sums;    // read by it
+
+  __device__ __forceinline__ void use_record(float* record) {
+    constexpr int G = L::kWidth, kRun = 32 / G;  // sums: [lane of the channel][token / kRun][channel][kRun]
+    const int role = threadIdx.x % 32 / G, channel = threadIdx.x % G, first = role * L::kOwn;
+    float *all = record + 2 * L::kStates * 32 + G * L::kSteps;
+    steps = record + 2 * L::kStates * 32 + channel * L::kSteps, steps_out = const_cast<float*>(steps) + first;
+    sums_out = all + role * L::kSums + channel * kRun;
+    sums = all + first / kRun * 32 + channel * kRun + first % kRun;
+  }
+};
+
+// dt, dt * u and D * u of this lane's own tokens, into the warp's record.
+template <typename T, typename L>
+__device__ __forceinline__ void make_steps(const PairLane<L>& lane, const T* own, int left) {
+  constexpr int G = L::kWidth, kOwn = L::kOwn;
+  float d[kOwn], x[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) {
+    d[i] = to_float(own[L::kActivation + i * G]) + lane.bias;
+    x[i] = to_float(own[i * G]);
+  }
+  if (lane.use_softplus) {
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) d[i] = softplus<sizeof(T) == 4>(d[i]);
+  }
+  if (left < kOwn) {  // past the end of the row; what is there may be NaN
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) {
+      if (i >= left) d[i] = x[i] = 0.0f;
+    }
+  }
+  Vec<float, kOwn> step, in, past;
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) step.v[i] = d[i], in.v[i] = d[i] * x[i], past.v[i] = lane.D * x[i];
+  store_vec<float, kOwn>(lane.steps_out, step);
+  store_vec<float, kOwn>(lane.steps_out + L::kTokens, in);
+  store_vec<float, kOwn>(lane.steps_out + 2 * L::kTokens, past);
+}
+
+// y of this lane's own tokens from the parts of all lanes of the channel, into the place of z.
+template <typename T, typename L>
+__device__ __forceinline__ void finish_tokens(const PairLane<L>& lane, T* own, const float (&y)[L::kTokens]) {
+  constexpr int G = L::kWidth, kOwn = L::kOwn, kRun = 32 / G;
+#pragma unroll
+  for (int t = 0; t < L::kTokens; t += 4) {
+    *reinterpret_cast<float4*>(lane.sums_out + t / kRun * 32 + t % kRun) = make_float4(y[t], y[t + 1], y[t + 2], y[t + 3]);
+  }
+  T* out = own + 2 * L::kActivation;
+  auto sum = load_vec<float, kOwn>(lane.steps_out + 2 * L::kTokens);
+  float gate[kOwn];
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) gate[i] = 1.0f;
+  if (lane.has_z) {
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) gate[i] = silu(to_float(out[i * G]));
+  }
+  __syncwarp();
+#pragma unroll
+  for (int q = 0; q < L::kLanesOfChannel; q++) {
+    const auto part = load_vec<float, kOwn>(lane.sums + q * L::kSums);
+#pragma unroll
+    for (int i = 0; i < kOwn; i++) sum.v[i] += part.v[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) out[i * G] = from_float<T>(sum.v[i] * gate[i]);
+}
+
+// `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on.
+template <typename T, typename L>
+__device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own, const float* bc, int left, int parity) {
+  constexpr int kTokens = L::kTokens;
+  float y[kTokens];
+  make_steps(lane, own, left);
+  __syncwarp();
+#pragma unroll
+  for (int s = 0; s < L::kStates; s += 2) {
+    const auto dt = load_vec<float, kTokens>(lane.steps), du = load_vec<float, kTokens>(lane.steps + kTokens);
+    float a0[kTokens], a1[kTokens], b0[kTokens], b1[kTokens];       // decays, then states; what comes in
+    const float2 A = lane.carry_out[(L::kHands + s / 2) * 32];
+#pragma unroll
+    for (int t = 0; t < kTokens; t += 4) {
+      const Vec<float, 4> v0 = load_vec<float, 4>(bc + L::row(s) + t / 4 * L::kStep);
+      const Vec<float, 4> v1 = load_vec<float, 4>(bc + L::row(s + 1) + t / 4 * L::kStep);
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        a0[t + r] = ex2(dt.v[t + r] * A.x), a1[t + r] = ex2(dt.v[t + r] * A.y);
+        b0[t + r] = du.v[t + r] * v0.v[r], b1[t + r] = du.v[t + r] * v1.v[r];
+      }
+    }
+    // From the wait to the arrival nothing but the recurrences: every tile of the row waits for them.
+    __syncwarp();  // the compiler moves nothing over these two
+    mbarrier_wait(lane.in_ready + s / 2, parity);
+    float2 h = lane.carry_in[s / 2 * 32];
+#pragma unroll
+    for (int t = 0; t < kTokens; t++) {
+      a0[t] = h.x = fmaf(a0[t], h.x, b0[t]);
+      a1[t] = h.y = fmaf(a1[t], h.y, b1[t]);
+    }
+    lane.carry_out[s / 2 * 32] = h;
+    mbarrier_arrive(lane.out_ready + s / 2);
+#pragma unroll
+    for (int t = 0; t < kTokens; t += 4) {
+      const Vec<float, 4> v0 = load_vec<float, 4>(bc + L::kToC + L::row(s) + t / 4 * L::kStep);
+      const Vec<float, 4> v1 = load_vec<float, 4>(bc + L::kToC + L::row(s + 1) + t / 4 * L::kStep);
+#pragma unroll
+      for (int r = 0; r < 4; r++) {
+        y[t + r] = s == 0 ? v0.v[r] * a0[t + r] : fmaf(v0.v[r], a0[t + r], y[t + r]);
+        y[t + r] = fmaf(v1.v[r], a1[t + r], y[t + r]);
+      }
+    }
+    if (s + 2 < L::kStates) __syncwarp();  // the next pair's decays not before this one's arrival
+  }
+  finish_tokens(lane, own, y);
+}
+
+}  // namespace mamba::scan
