@@ -94,18 +94,22 @@ __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own
   __syncwarp();
 #pragma unroll
   for (int s = 0; s < L::kStates; s += 2) {
-    const auto dt = load_vec<float, kTokens>(lane.steps), du = load_vec<float, kTokens>(lane.steps + kTokens);
-    float a0[kTokens], a1[kTokens], b0[kTokens], b1[kTokens];       // decays, then states; what comes in
+    float a0[kTokens], a1[kTokens], b0[kTokens], b1[kTokens];  // decays, then states; what comes in
     const float2 A = lane.carry_out[(L::kHands + s / 2) * 32];
 #pragma unroll
     for (int t = 0; t < kTokens; t += 4) {
-      const Vec<float, 4> v0 = load_vec<float, 4>(bc + L::row(s) + t / 4 * L::kStep);
-      const Vec<float, 4> v1 = load_vec<float, 4>(bc + L::row(s + 1) + t / 4 * L::kStep);
+      const auto du = load_vec<float, 4>(lane.steps + kTokens + t);
+      const auto v0 = load_vec<float, 4>(bc + L::row(s) + t / 4 * L::kStep);
+      const auto v1 = load_vec<float, 4>(bc + L::row(s + 1) + t / 4 * L::kStep);
 #pragma unroll
-      for (int r = 0; r < 4; r++) {
-        a0[t + r] = ex2(dt.v[t + r] * A.x), a1[t + r] = ex2(dt.v[t + r] * A.y);
-        b0[t + r] = du.v[t + r] * v0.v[r], b1[t + r] = du.v[t + r] * v1.v[r];
-      }
+      for (int r = 0; r < 4; r++) b0[t + r] = du.v[r] * v0.v[r], b1[t + r] = du.v[r] * v1.v[r];
+    }
+    if (s > 0) __syncwarp();  // fewer registers
+#pragma unroll
+    for (int t = 0; t < kTokens; t += 4) {
+      const auto dt = load_vec<float, 4>(lane.steps + t);
+#pragma unroll
+      for (int r = 0; r < 4; r++) a0[t + r] = ex2(dt.v[r] * A.x), a1[t + r] = ex2(dt.v[r] * A.y);
     }
     // From the wait to the arrival nothing but the recurrences: every tile of the row waits for them.
     __syncwarp();  // the compiler moves nothing over these two
