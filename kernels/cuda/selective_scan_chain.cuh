@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
   auto slot_bc = [&](int slot) { return reinterpret_cast<float*>(slot_acts(slot) + 3 * K * kAct); };
   float* records = reinterpret_cast<float*>(shared + N * slot_bytes);            // [K][W][kRecord]
   uint64_t* ready = reinterpret_cast<uint64_t*>(records + K * W * L::kRecord);  // [K][W][kHands]: handed on
-  uint64_t *filled = ready + K * W * kHands, *done = filled + 16;                // [N] each
+  uint64_t *filled = ready + K * W * kHands, *done = filled + 16;                // [16] each
 
   for (int i = threadIdx.x; i < K * W * kHands; i += blockDim.x) mbarrier_init(&ready[i], 32);
   if (threadIdx.x < N) {
@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
     const int end = n - spans * L::kSpan;
     for (int left = n - w * L::kTokens; left > end; left -= L::kTokens * W, parity ^= 1) {
       const uint32_t slot = place / L::kTiles, at = place % L::kTiles;
-      mbarrier_wait(&filled[slot], lap);
+      uint64_t* full = filled + slot;
+      mbarrier_wait(full, lap);
       if (left > 0) {
         T* acts = slot_acts(slot) + k * 3 * kAct + at * L::kTileRows * G + (first + first / L::kPadded) * G + lane % G;
         const float* bc = slot_bc(slot) + L::row(kStates) * part + at * 4;
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
           chain_tile_pairs<T, L>(own, acts, bc, left - first, parity);
         }
       }
-      mbarrier_arrive(&done[slot]);
+      mbarrier_arrive(full + 16);  // done[slot], by a register less
       place += W;
       if (place >= uint32_t(N) * L::kTiles) place -= N * L::kTiles, lap ^= 1;
     }
@@ -183,13 +184,14 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
     const int first = warp - warps;
     for (int span = first; span < spans; span += copiers) {
       const int slot = span % N;
+      const auto states = copier.load_states(span * L::kSpan);  // on its way while the slot is waited for
       if (span >= N) {
         mbarrier_wait(&done[slot], span / N + 1 & 1);
         copier.write_y(slot_acts(slot), (span - N) * L::kSpan);
       }
       copier.fill_activations(slot_acts(slot), span * L::kSpan);  // each lane overwrites only what it has read itself
       mbarrier_arrive_copies(&filled[slot]);
-      copier.fill_states(slot_bc(slot), span * L::kSpan);
+      copier.store_states(slot_bc(slot), states);
       mbarrier_arrive(&filled[slot]);
     }
     for (int span = first; span < spans; span += copiers) {

@@ -123,6 +123,9 @@ template <typename T, typename L> struct Copier {
   // B and C: share i is four tokens by eight states, transposed; 2 (B, C) x 2 (halves of the states) x 16 quads of
   // tokens. Eight lanes in a row write 128 neighbouring bytes.
   static constexpr int kShares = L::kSpan;
+  struct States {  // of a span, as loaded by this lane
+    Run<T> raw[kShares / 32][4];
+  };
   __device__ __forceinline__ void load_share(Run<T> (&raw)[4], int t0, int i) const {
     const int half = i / 8 % 2, quad = i % 8 + i / 16 % 2 * 8, t = t0 + quad % L::kTiles * L::kTokens + quad / L::kTiles * 4;
     const bool is_c = i >= kShares / 2;
@@ -150,15 +153,15 @@ template <typename T, typename L> struct Copier {
       *reinterpret_cast<float4*>(dst + L::row(s)) = make_float4(f[0][s], f[1][s], f[2][s], f[3][s]);
     }
   }
-  __device__ __forceinline__ void fill_states(float* bc, int t0) const {
-    constexpr int kAtOnce = sizeof(T) == 4 ? 1 : 2;  // loads in flight
-    for (int i = lane; i < kShares; i += 32 * kAtOnce) {
-      Run<T> raw[kAtOnce][4];
+  __device__ __forceinline__ States load_states(int t0) const {
+    States states;
 #pragma unroll
-      for (int j = 0; j < kAtOnce; j++) load_share(raw[j], t0, i + 32 * j);
+    for (int j = 0; j < kShares / 32; j++) load_share(states.raw[j], t0, lane + 32 * j);
+    return states;
+  }
+  __device__ __forceinline__ void store_states(float* bc, const States& states) const {
 #pragma unroll
-      for (int j = 0; j < kAtOnce; j++) store_share(bc, raw[j], i + 32 * j);
-    }
+    for (int j = 0; j < kShares / 32; j++) store_share(bc, states.raw[j], lane + 32 * j);
   }
 };
 
