@@ -90,17 +90,19 @@ __device__ __forceinline__ void chain_tile(T* acts, const float* bc, const float
   }
   recur(0);
   outputs(bc + kToC, std::true_type{}, 0.0f);
-  float v[8];
+  T* out = own + 2 * kAct;
+  float v[8], gate[8];
+  if (has_z) {  // all eight at once, not each between two stores
+#pragma unroll
+    for (int i = 0; i < 8; i++) gate[i] = silu(to_float(out[2 * i * G]));
+  }
 #pragma unroll
   for (int i = 0; i < 8; i++) {
     const float mine = odd ? y[2 * i + 1] : y[2 * i], theirs = odd ? y[2 * i] : y[2 * i + 1];
     v[i] = mine + __shfl_xor_sync(~0u, theirs, 16);
   }
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    T* z = own + 2 * kAct + 2 * i * G;
-    *z = from_float<T>(has_z ? v[i] * silu(to_float(*z)) : v[i]);
-  }
+  for (int i = 0; i < 8; i++) out[2 * i * G] = from_float<T>(has_z ? v[i] * gate[i] : v[i]);
 }
 
 template <typename T, int kLanes>
