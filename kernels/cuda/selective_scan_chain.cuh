@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp < warps) {
-    const int k = warp % K, w = warp / K, part = lane / G, c = c0 + k * G + lane % G;
+    const int k = warp % K, w = warp / K, part = L::part(lane), channel = L::channel(lane), c = c0 + k * G + channel;
     const bool in = c < c0 + channels, use_softplus = p.softplus, has_z = p.z;
     const float bias = in && p.bias ? p.bias[c] : 0.0f, D = in && p.D ? p.D[c] : 0.0f;
     const int before = w == 0 ? W - 1 : w - 1;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
       uint64_t* full = filled + slot;
       mbarrier_wait(full, lap);
       if (left > 0) {
-        T* acts = slot_acts(slot) + k * 3 * kAct + at * L::kTileRows * G + (first + first / L::kPadded) * G + lane % G;
+        T* acts = slot_acts(slot) + k * 3 * kAct + at * L::kTileRows * G + (first + first / L::kPadded) * G + channel;
         const float* bc = slot_bc(slot) + L::row(kStates) * part + at * 4;
         if constexpr (kLanes == 2) {
           chain_tile<T>(acts, bc, carry_out + kStates * 32, carry_in, carry_out, in_ready, out_ready, parity, left, bias, D, use_softplus, has_z);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
   if (p.hT) {
     const int last = (tiles + W - 1) % W;  // the warp of the last tile; W - 1, which holds the start, if there is none
     for (int i = threadIdx.x; i < channels * kState; i += blockDim.x) {
-      const int c = i / kState, s = i % kState, lane_of = s / kStates * G + c % G, hand = s % kStates / kTogether;
+      const int c = i / kState, s = i % kState, lane_of = L::lane(s / kStates, c % G), hand = s % kStates / kTogether;
       p.hT[(int64_t(b) * p.dim + c0 + c) * kState + s] =
           records[(c / G * W + last) * L::kRecord + (hand * 32 + lane_of) * kTogether + s % kTogether];
     }

@@ -27,9 +27,25 @@ template <typename T, int kLanes> struct Chain {
   static constexpr __host__ __device__ int row(int state) { return state * kRow + state / kStates * kPad; }  // C: from kState on
   static constexpr int kToC = row(kState);
   // A scanning warp's record: the states it hands on and its copy of A, both [kHands][32][kTogether]; with more than two
-  // lanes dt, dt * u and D * u of every channel, and the lanes' parts of y.
-  static constexpr int kSteps = 3 * kTokens + 32 / kWidth, kSums = kTokens * kWidth + 4;  // of a channel; of its n-th lane
+  // lanes dt, dt * u and D * u of every channel, [kWidth][kSteps], and the lanes' parts of y,
+  // [lane of the channel][tokens / kTurn][kWidth][kTurn]. The strides keep every access there free of bank conflicts.
+  static constexpr int kTurn = 32 / kWidth, kSteps = kLanes == 4 ? 68 : 56, kBlock = kLanes == 4 ? 36 : 32;
+  static constexpr int kSums = kLanes == 4 ? 148 : 68;
   static constexpr int kRecord = 2 * kStates * 32 + (kLanes == 2 ? 0 : kWidth * kSteps + kLanes * kSums);
+
+  // Lanes l and l ^ 1 have the same states, l and l ^ 2 the same channel (with more than two lanes a channel): either is
+  // what lets the two halves of a 16-byte load of one address for several lanes go together.
+  static constexpr __host__ __device__ int part(int l) {
+    return kLanes == 2 ? l / 16 : kLanes == 4 ? (l & 2) | l >> 4 : (l >> 1 & 1) | l >> 3 << 1;
+  }
+  static constexpr __host__ __device__ int channel(int l) {
+    return kLanes == 2 ? l % 16 : kLanes == 4 ? (l & 1) | (l & 4) | (l >> 2 & 2) : (l & 1) | (l >> 1 & 2);
+  }
+  static constexpr __host__ __device__ int lane(int part, int c) {
+    return kLanes == 2   ? part * 16 + c
+           : kLanes == 4 ? (c & 1) | (part & 2) | (c & 4) | (c & 2) << 2 | (part & 1) << 4
+                         : (c & 1) | (part & 1) << 1 | (c & 2) << 1 | part >> 1 << 3;
+  }
 
   static __host__ __device__ int slot_bytes(int K) { return int(3 * K * kActivation * sizeof(T) + row(2 * kState) * sizeof(float)); }
   static __host__ __device__ int fixed_bytes(int K, int W) {  // records [K][W]; barriers: [K][W][kHands] and 2 a slot

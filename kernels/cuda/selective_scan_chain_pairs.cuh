@@ -20,12 +20,12 @@ template <typename L> struct PairLane {
   const float *steps, *sums;    // read by it
 
   __device__ __forceinline__ void use_record(float* record) {
-    constexpr int G = L::kWidth, kRun = 32 / G;  // sums: [lane of the channel][token / kRun][channel][kRun]
-    const int role = threadIdx.x % 32 / G, channel = threadIdx.x % G, first = role * L::kOwn;
-    float *all = record + 2 * L::kStates * 32 + G * L::kSteps;
+    constexpr int kTurn = L::kTurn;
+    const int part = L::part(threadIdx.x % 32), channel = L::channel(threadIdx.x % 32), first = part * L::kOwn;
+    float* all = record + 2 * L::kStates * 32 + L::kWidth * L::kSteps;
     steps = record + 2 * L::kStates * 32 + channel * L::kSteps, steps_out = const_cast<float*>(steps) + first;
-    sums_out = all + role * L::kSums + channel * kRun;
-    sums = all + first / kRun * 32 + channel * kRun + first % kRun;
+    sums_out = all + part * L::kSums + channel * kTurn;
+    sums = all + first / kTurn * L::kBlock + channel * kTurn + first % kTurn;
   }
 };
 
@@ -60,10 +60,10 @@ __device__ __forceinline__ void make_steps(const PairLane<L>& lane, const T* own
 // y of this lane's own tokens from the parts of all lanes of the channel, into the place of z.
 template <typename T, typename L>
 __device__ __forceinline__ void finish_tokens(const PairLane<L>& lane, T* own, const float (&y)[L::kTokens]) {
-  constexpr int G = L::kWidth, kOwn = L::kOwn, kRun = 32 / G;
+  constexpr int G = L::kWidth, kOwn = L::kOwn, kTurn = L::kTurn;
 #pragma unroll
   for (int t = 0; t < L::kTokens; t += 4) {
-    *reinterpret_cast<float4*>(lane.sums_out + t / kRun * 32 + t % kRun) = make_float4(y[t], y[t + 1], y[t + 2], y[t + 3]);
+    *reinterpret_cast<float4*>(lane.sums_out + t / kTurn * L::kBlock + t % kTurn) = make_float4(y[t], y[t + 1], y[t + 2], y[t + 3]);
   }
   T* out = own + 2 * L::kActivation;
   auto sum = load_vec<float, kOwn>(lane.steps_out + 2 * L::kTokens);
