@@ -2,11 +2,13 @@
 
 namespace mamba::scan {
 
-template <typename T, int kLanes> int launch(const Chain<T, kLanes>& layout, const Args<T>& args, const Tactic& t, int batch, cudaStream_t stream) {
+template <typename T, int kLanes>
+int launch(const Chain<T, kLanes>& layout, const Args<T>& args, const Tactic& t, int batch, cudaStream_t stream) {
   const int count = layout.slots(t), bytes = count * layout.slot_bytes(t.groups) + layout.fixed_bytes(t.groups, t.warps);
   if (!allow_shared<chain_kernel<T, kLanes>>(bytes)) return MAMBA_ERROR_TACTIC;
   const dim3 grid(args.ngroups * ceil_div(args.group_dim, t.groups * layout.kWidth), batch);
-  return launch_early(chain_kernel<T, kLanes>, grid, 32 * (t.groups * t.warps + t.copiers), bytes, stream, args, t.groups, t.warps, count);
+  const dim3 block(32 * (t.groups * t.warps + t.copiers));
+  return launch_early(chain_kernel<T, kLanes>, grid, block, bytes, stream, args, t.groups, t.warps, count);
 }
 
 template <typename T> int launch_chain(const Args<T>& args, const Tactic& t, int batch, cudaStream_t stream) {

@@ -1,7 +1,8 @@
 // selective_scan, tactic "chain": the recurrence is handed from warp to warp, nothing is computed twice.
 //
-// A block owns K groups of 16 channels for a whole row. A lane has one channel and 8 of its 16 states; a warp takes 16
-// tokens (a tile) of a group and keeps dt, dt * u, y and the decays of one state in registers. For each state it waits
+// A block owns K groups of channels for a whole row. Two, four or eight lanes of a warp share a channel, so that a group is
+// 16, 8 or 4 channels wide; what follows is said of two (selective_scan_chain_pairs.cuh has the tile of the others). A lane
+// has one channel and 8 of its 16 states; a warp takes 16 tokens (a tile) of a group and keeps dt, dt * u, y and the decays of one state in registers. For each state it waits
 // for the value at the end of the tile before, which another warp has, runs the recurrence and hands the value on; only
 // then it adds to y and computes the decays of the next state. The W warps of a group take its tiles in turn.
 //
@@ -172,7 +173,8 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
         T* acts = slot_acts(slot) + k * 3 * kAct + at * L::kTileRows * G + (first + first / L::kPadded) * G + channel;
         const float* bc = slot_bc(slot) + L::row(kStates) * part + at * 4;
         if constexpr (kLanes == 2) {
-          chain_tile<T>(acts, bc, carry_out + kStates * 32, carry_in, carry_out, in_ready, out_ready, parity, left, bias, D, use_softplus, has_z);
+          chain_tile<T>(acts, bc, carry_out + kStates * 32, carry_in, carry_out, in_ready, out_ready, parity, left, bias, D,
+                        use_softplus, has_z);
         } else {
           chain_tile_pairs<T, L>(own, acts, bc, left - first, parity);
         }

@@ -13,13 +13,15 @@ constexpr int kChainTiles = 4;   // of a slot
 
 // kLanes lanes of a warp share a channel, 16 / kLanes of its states each.
 template <typename T, int kLanes> struct Chain {
-  static constexpr int kLanesOfChannel = kLanes, kWidth = 32 / kLanes, kTokens = 16;  // kWidth channels: a group; kTokens: a tile
+  static constexpr int kLanesOfChannel = kLanes;
+  static constexpr int kWidth = 32 / kLanes, kTokens = 16;              // channels of a group, tokens of a tile
   static constexpr int kTiles = kChainTiles, kSpan = kTiles * kTokens;  // tiles and tokens of a slot
-  static constexpr int kRun = kWidth < 8 ? kWidth : 8;      // channels copied at once
-  static constexpr int kStates = kState / kLanes, kOwn = kTokens / kLanes;  // states of a lane, tokens it finishes
-  static constexpr int kTogether = kLanes == 2 ? 1 : 2, kHands = kStates / kTogether;  // states handed on at once; how often
+  static constexpr int kRun = kWidth < 8 ? kWidth : 8;                  // channels copied at once
+  static constexpr int kStates = kState / kLanes;                       // of a lane,
+  static constexpr int kTogether = kLanes == 2 ? 1 : 2, kHands = kStates / kTogether;  // which hands kTogether on at once
+  static constexpr int kOwn = kTokens / kLanes;                         // tokens of a tile that a lane makes dt of and finishes
   // A slot: u, delta, z of every group, [tile][token][kWidth] with a token of padding behind every kPadded (so that the
-  // lanes of a warp, which read kOwn tokens in a row, read different banks); then B and C as float32,
+  // lanes of a warp, with kOwn tokens in a row each, read different banks); then B and C as float32,
   // [2 * kState][token / 4 of a tile][tile][4], time innermost. The pad: lanes with different states read different banks.
   static constexpr int kPadded = kLanes == 2 ? kTokens : 128 / (kWidth * int(sizeof(T)));
   static constexpr int kTileRows = kTokens + kTokens / kPadded, kActivation = kTiles * kTileRows * kWidth;
@@ -47,12 +49,16 @@ template <typename T, int kLanes> struct Chain {
                          : (c & 1) | (part & 1) << 1 | (c & 2) << 1 | part >> 1 << 3;
   }
 
-  static __host__ __device__ int slot_bytes(int K) { return int(3 * K * kActivation * sizeof(T) + row(2 * kState) * sizeof(float)); }
+  static __host__ __device__ int slot_bytes(int K) {
+    return int(3 * K * kActivation * sizeof(T) + row(2 * kState) * sizeof(float));
+  }
   static __host__ __device__ int fixed_bytes(int K, int W) {  // records [K][W]; barriers: [K][W][kHands] and 2 a slot
     return int(sizeof(float) * K * W * kRecord + sizeof(uint64_t) * (K * W * kHands + 32));
   }
   // Slots that fit beside the rest; negative or 0 if not even that does.
-  static int slots(const Tactic& t) { return std::min(16, (int(max_shared_bytes()) - fixed_bytes(t.groups, t.warps)) / slot_bytes(t.groups)); }
+  static int slots(const Tactic& t) {
+    return std::min(16, (int(max_shared_bytes()) - fixed_bytes(t.groups, t.warps)) / slot_bytes(t.groups));
+  }
 };
 
 // Calls f with the layout of a tactic.

@@ -63,7 +63,8 @@ __device__ __forceinline__ void finish_tokens(const PairLane<L>& lane, T* own, c
   constexpr int G = L::kWidth, kOwn = L::kOwn, kTurn = L::kTurn;
 #pragma unroll
   for (int t = 0; t < L::kTokens; t += 4) {
-    *reinterpret_cast<float4*>(lane.sums_out + t / kTurn * L::kBlock + t % kTurn) = make_float4(y[t], y[t + 1], y[t + 2], y[t + 3]);
+    float* to = lane.sums_out + t / kTurn * L::kBlock + t % kTurn;
+    *reinterpret_cast<float4*>(to) = make_float4(y[t], y[t + 1], y[t + 2], y[t + 3]);
   }
   T* out = own + 2 * L::kActivation;
   auto sum = load_vec<float, kOwn>(lane.steps_out + 2 * L::kTokens);

@@ -10,10 +10,11 @@ struct ChainBlock {
   int lanes() const { return 2 << (kernel - Tactic::kChain); }
 };
 constexpr ChainBlock kChainBlocks[] = {
-    {Tactic::kChain, 1, 14, 2, 18.7},  {Tactic::kChain, 2, 7, 2, 36.4},   {Tactic::kChain, 3, 5, 1, 49.6},
-    {Tactic::kChain, 1, 8, 2, 22.5},   {Tactic::kChain8, 3, 5, 1, 14.5},  {Tactic::kChain8, 3, 4, 2, 14.0},
-    {Tactic::kChain4, 1, 14, 2, 11.5}, {Tactic::kChain4, 2, 7, 2, 18.0},  {Tactic::kChain4, 3, 5, 1, 25.0},
-    {Tactic::kChain4, 4, 3, 2, 32.0},  {Tactic::kChain4, 5, 3, 1, 40.0},
+    {Tactic::kChain, 1, 14, 2, 18.7},  {Tactic::kChain, 2, 7, 2, 36.4},  {Tactic::kChain, 3, 5, 1, 49.6},
+    {Tactic::kChain, 1, 8, 2, 22.5},   {Tactic::kChain8, 3, 5, 1, 14.3}, {Tactic::kChain8, 3, 4, 2, 14.0},
+    {Tactic::kChain8, 5, 3, 1, 22.0},  {Tactic::kChain4, 1, 14, 2, 12.0}, {Tactic::kChain4, 2, 7, 2, 17.5},
+    {Tactic::kChain4, 3, 5, 1, 25.0},  {Tactic::kChain4, 4, 3, 2, 33.0}, {Tactic::kChain4, 5, 3, 1, 40.0},
+    {Tactic::kChain4, 6, 2, 2, 48.0},
 };
 
 double waves(const Params& p, int width, int pieces) {
