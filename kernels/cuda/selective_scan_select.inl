@@ -1,20 +1,18 @@
 // The selector: microseconds of each tactic from figures measured on an H200 (kernels/NOTES-selective-scan.md), scaled
 // to the multiprocessors of this device. Only the order matters. It runs at every call: no allocation, no driver calls.
 
-// Blocks of the chain: the kernel (lanes a channel), groups of 32 / lanes channels, warps a group, copying warps, and
-// nanoseconds per token of a block that has a multiprocessor to itself: with two lanes measured (the last one fits where
-// shared memory is small), with four and eight ESTIMATED from the count of instructions.
+// Blocks of the chain: the kernel (lanes a channel), groups of 32 / lanes channels, warps a group, copying warps, and what
+// was measured: microseconds to start and nanoseconds per token of a block that has a multiprocessor to itself. The last
+// one fits where shared memory is small.
 struct ChainBlock {
   int kernel, groups, warps, copiers;
-  double token_ns;
+  double start_us, token_ns;
   int lanes() const { return 2 << (kernel - Tactic::kChain); }
 };
 constexpr ChainBlock kChainBlocks[] = {
-    {Tactic::kChain, 1, 14, 2, 18.7},  {Tactic::kChain, 2, 7, 2, 36.4},  {Tactic::kChain, 3, 5, 1, 49.6},
-    {Tactic::kChain, 1, 8, 2, 22.5},   {Tactic::kChain8, 3, 5, 1, 14.3}, {Tactic::kChain8, 3, 4, 2, 14.0},
-    {Tactic::kChain8, 5, 3, 1, 22.0},  {Tactic::kChain4, 1, 14, 2, 12.0}, {Tactic::kChain4, 2, 7, 2, 17.5},
-    {Tactic::kChain4, 3, 5, 1, 25.0},  {Tactic::kChain4, 4, 3, 2, 33.0}, {Tactic::kChain4, 5, 3, 1, 40.0},
-    {Tactic::kChain4, 6, 2, 2, 48.0},
+    {Tactic::kChain, 1, 14, 2, 4.8, 18.2},  {Tactic::kChain, 2, 7, 2, 4.8, 34.4},  {Tactic::kChain, 3, 5, 1, 4.8, 47.8},
+    {Tactic::kChain4, 2, 7, 2, 4.6, 18.2},  {Tactic::kChain4, 3, 5, 1, 4.6, 27.3}, {Tactic::kChain4, 5, 3, 1, 4.6, 41.8},
+    {Tactic::kChain8, 3, 4, 4, 3.9, 21.4},  {Tactic::kChain, 1, 8, 2, 4.8, 22.5},
 };
 
 double waves(const Params& p, int width, int pieces) {
@@ -50,11 +48,12 @@ double in_turn_us(const Params& p, int places, int pieces) {
 // How many tokens the first pass looks back at depends on the data: about 1,500 in full, a few states further.
 double side_by_side_us(const Params& p, int blocks, int pieces) {
   const double tokens = double(p.seqlen) / pieces;
-  return 25 + 1e-3 * tokens * together_ns(blocks) * (1.25 + 0.7 * std::min(1.0, 1500 / tokens));
+  const double second = 1e-3 * tokens * (blocks > 4 ? apart_ns(3) / 3 * blocks : together_ns(blocks));
+  return 25 + second * (1.25 + 0.7 * std::min(1.0, 1500 / tokens));
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {
-  return 6 + 1e-3 * p.seqlen * b.token_ns * waves(p, 32 / b.lanes() * b.groups, 1);
+  return b.start_us + 1e-3 * p.seqlen * b.token_ns * waves(p, 32 / b.lanes() * b.groups, 1);
 }
 
 // The tactics that cover the shape, fastest first.
@@ -70,7 +69,7 @@ struct Candidates {
         add(p, {Tactic::kChannel, 0, 0, places, pieces}, in_turn_us(p, places, pieces));
       }
     }
-    for (int blocks = 2; blocks <= 4; blocks++) {
+    for (int blocks : {2, 3, 4, 6}) {
       const int pieces = std::min(1023, blocks * sm_count() / channel_rows(p));
       if (pieces > 1 && p.seqlen / pieces >= 2 * 16) {
         add(p, {Tactic::kChannel, 0, 0, 0, pieces}, side_by_side_us(p, blocks, pieces));
