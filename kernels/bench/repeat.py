@@ -64,10 +64,10 @@ def difference(call: Call, first: Sequence[torch.Tensor]) -> str | None:
 
 
 def tactics_of(shape: tuple[int, int, int]) -> list[int]:
-    """A call's own choice, and the two-pass kernels', in one pair of launches or several, where there are any."""
+    """A call's own choice, and the two-pass kernels', in one pair of launches or several, rows cut or whole."""
     inputs = make(*shape, torch.bfloat16, 0)
     found = ssd_scan_tactics(*(inputs[name] for name in ("x", "dt", "A", "B", "C")))
-    return found[:1] + [tactic for tactic in found[1:] if tactic % 16 == 7]
+    return found[:1] + [tactic for tactic in found[1:] if tactic % 16 in (7, 8)]
 
 
 def repeat(shape: tuple[int, int, int], times: int, tactic: int = -1) -> dict[str, list[str]]:

@@ -25,10 +25,8 @@ size_t handoff_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
   return sizeof(float) * c.heads * static_cast<size_t>(p.headdim) * p.d_state;
 }
 
-ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c);
-
 size_t workspace_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
-  if (c.layout == kTwoPass) return two_pass_workspace(arguments(p, c), c.two_pass, c.splits);
+  if (c.layout >= kTwoPass) return two_pass_workspace(arguments(p, c), c.two_pass, c.launches(), c.cut);
   if (c.splits == 1) return 0;
   if (c.splits == 0) return c.slots() * (handoff_bytes(p, c) + sizeof(unsigned long long));
   return state_bytes(p, c.splits) + sizeof(float) * p.batch * p.nheads * static_cast<size_t>(c.splits);
@@ -68,7 +66,7 @@ ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c) {
   a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel;
   a.dt_min = p.dt_min, a.dt_max = p.dt_max;
   a.blocks_x = c.blocks_x, a.splits = c.splits;
-  if (c.layout == kTwoPass) return a;
+  if (c.layout >= kTwoPass) return a;
   if (c.splits == 0) {
     a.handed = static_cast<unsigned long long*>(p.workspace);
     a.handoff = reinterpret_cast<float*>(a.handed + c.slots());
@@ -116,7 +114,7 @@ __global__ void ssd_combine_kernel(ScanArgs p) {
 
 int launch(const mamba_ssd_scan_params& p, const Choice& c, cudaStream_t stream) {
   const ScanArgs a = arguments(p, c);
-  if (c.layout == kTwoPass) return two_pass_launch(a, p.dtype, c.two_pass, c.splits, p.workspace, stream);
+  if (c.layout >= kTwoPass) return two_pass_launch(a, p.dtype, c.two_pass, c.launches(), c.cut, p.workspace, stream);
   if (c.splits == 0) {
     if (!allow_shared(c.stream, c.shared)) return MAMBA_ERROR_CUDA;
     c.stream<<<c.slots(), c.threads, c.shared, stream>>>(a);
@@ -169,6 +167,8 @@ extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32
       c.splits = pieces;
       if (pieces > 0 && pieces <= most) add(c.tactic());
     }
+    for (int pieces = 2; pieces <= kMaxLater + 1; pieces++)
+      if (cut_rows(p, pieces, &c)) add(c.tactic());
   }
   for (int layout = -1; layout < kLayouts; layout++) {
     Choice c;

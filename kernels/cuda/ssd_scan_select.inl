@@ -3,6 +3,7 @@
 constexpr int kLayouts = 6;        // tried for every size; most have fewer
 constexpr int kHopperLayouts = 2;  // the first ones
 constexpr int kTwoPass = 6;        // the layout after all others
+constexpr int kTwoPassCut = 7;     // the same with rows cut in time
 constexpr int kMaxGrid = 65535;
 
 struct Device {
@@ -29,11 +30,13 @@ const Device& device() {
 // A tactic with all that its launches need.
 struct Choice {
   int layout = -1;  // -1: generic
-  int splits = 1;   // 0: streaming; pairs of launches of the two-pass kernels
+  int splits = 1;   // 0: streaming; pairs of launches of the two-pass kernels, or pieces of their rows
   int heads = 1, chunk = 0, threads = 0, resident = 0, blocks_x = 0, shared = 0, state_shared = 0;
   Kernel scan = nullptr, stream = nullptr, state = nullptr;
   TwoPassPlan two_pass = {};
+  TwoPassCut cut;
 
+  int launches() const { return layout == kTwoPass ? splits : 1; }
   int tactic() const { return layout + 1 + 16 * splits; }
   // Blocks that run at once; a multiprocessor keeps 1 KB of shared memory a block for itself.
   int slots() const {
@@ -124,6 +127,27 @@ int two_pass_pieces(const mamba_ssd_scan_params& p, const Choice& c) {
   return p.batch * static_cast<int>(ceil_div64(row, most));
 }
 
+ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c);
+
+// Rows cut into `pieces`: in one pair of launches only.
+bool cut_rows(const mamba_ssd_scan_params& p, int pieces, Choice* c) {
+  if (pieces < 2 || two_pass_pieces(p, *c) > 1 || !cut_two_pass(arguments(p, *c), c->two_pass, pieces, &c->cut)) return false;
+  c->layout = kTwoPassCut, c->splits = pieces;
+  return true;
+}
+
+// Rows as they are, or cut into as many pieces as promise the least time.
+void choose_cut(const mamba_ssd_scan_params& p, Choice* c) {
+  TwoPassCut whole;
+  if (two_pass_pieces(p, *c) > 1 || !cut_two_pass(arguments(p, *c), c->two_pass, 1, &whole)) return;
+  double least = whole.clocks;
+  const Choice uncut = *c;
+  for (int pieces = 2; pieces <= kMaxLater + 1; pieces++) {
+    Choice candidate = uncut;
+    if (cut_rows(p, pieces, &candidate) && candidate.cut.clocks < least) least = candidate.cut.clocks, *c = candidate;
+  }
+}
+
 // A model of the time, in tokens of one block: whole waves of blocks, the state-only pass at its measured share of a
 // full chunk, and a constant for each launch.
 double cost(const mamba_ssd_scan_params& p, const Choice& c) {
@@ -156,9 +180,10 @@ void choose_splits(const mamba_ssd_scan_params& p, Choice* c, double* least) {
 int find_choice(const mamba_ssd_scan_params& p, Choice* out) {
   if (p.tactic >= 0) {
     const int layout = p.tactic % 16 - 1;
-    const bool found = layout < 0           ? find_generic(p, out)
-                       : layout == kTwoPass ? find_two_pass(p, out)
-                                            : layout < kLayouts && find_layout(p, layout, out);
+    const bool found = layout < 0                                        ? find_generic(p, out)
+                       : layout == kTwoPass || layout == kTwoPassCut ? find_two_pass(p, out)
+                                                                     : layout < kLayouts && find_layout(p, layout, out);
+    if (layout == kTwoPassCut) return found && cut_rows(p, p.tactic / 16, out) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
     out->splits = p.tactic / 16;
     if (found && layout == kTwoPass)
       return out->splits > 0 && out->splits <= p.batch * ceil_div(p.seqlen, out->chunk) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
@@ -170,6 +195,7 @@ int find_choice(const mamba_ssd_scan_params& p, Choice* out) {
   const bool many = static_cast<int64_t>(p.batch) * p.ngroups * ceil_div(p.nheads / p.ngroups, 2) >= device().sms;
   if ((p.dtype == MAMBA_F32 || !many) && find_two_pass(p, out)) {
     out->splits = two_pass_pieces(p, *out);
+    choose_cut(p, out);
     return MAMBA_OK;
   }
   double least = INFINITY;

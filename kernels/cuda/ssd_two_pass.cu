@@ -3,6 +3,8 @@
 #include "ssd_plan.cuh"
 #include "ssd_two_pass_plan.cuh"
 
+#include <math.h>
+
 #include <atomic>
 
 namespace mamba {
@@ -12,15 +14,28 @@ namespace {
 // What one pair of launches takes at most.
 struct Part {
   int rows, chunks;  // of the batch, of a row
-  Part(const ScanArgs& a, int pieces) {
+  Part(const ScanArgs& a, int launches) {
     const int all = ceil_div(a.seqlen, kTwoPassChunk);
-    rows = ceil_div(a.batch, pieces < a.batch ? pieces : a.batch);
-    chunks = ceil_div(all, pieces <= a.batch ? 1 : ceil_div(pieces, a.batch));
+    rows = ceil_div(a.batch, launches < a.batch ? launches : a.batch);
+    chunks = ceil_div(all, launches <= a.batch ? 1 : ceil_div(launches, a.batch));
   }
   size_t images(const ScanArgs& a) const { return static_cast<size_t>(rows) * a.nheads * chunks; }
 };
 
-// Heads a block: whole waves of blocks, each block with its start.
+// What the launches keep in the workspace.
+struct Workspace {
+  size_t carry, decays, ends, bytes;  // where they begin
+  Workspace(const ScanArgs& a, const TwoPassPlan& plan, int launches, const TwoPassCut& cut) {
+    const Part part(a, launches);
+    const size_t rows = static_cast<size_t>(part.rows) * a.nheads, state = sizeof(float) * rows * a.headdim * a.d_state;
+    carry = part.images(a) * plan.image;
+    ends = carry + (launches > a.batch ? state : 0);
+    decays = ends + state * (cut.pieces - 1);
+    bytes = decays + (cut.pieces > 1 ? sizeof(float) * rows * (part.chunks + 1) : 0);
+  }
+};
+
+// Heads a block of the second pass: whole waves of blocks, each block with its start.
 int heads_per_block(const ScanArgs& a, int64_t chunks) {
   const int heads = a.nheads / a.ngroups;
   int best = 1;
@@ -32,6 +47,14 @@ int heads_per_block(const ScanArgs& a, int64_t chunks) {
   }
   return best;
 }
+
+// Which kernel of the first pass: the one of more blocks where the device runs all of them at once.
+int more_blocks(const TwoPassPlan& plan, int64_t rows) { return rows * plan.states[1].blocks_per_head <= sm_count(); }
+
+// In clocks. Measured on an H200: a chunk of the first pass. Guessed: what a cut adds to the second, 1 KB through the L2 cache
+// and a product C h that is waited for.
+double chunk_clocks(const TwoPassPlan::States& states) { return states.blocks_per_head > 1 ? 1500 : 1900; }
+constexpr double kCacheClocks = 0.3, kProductClocks = 400;
 
 // Describes [batch, seqlen, columns] to the copy engine, in tiles of 128 tokens x 64 columns.
 bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const ScanArgs& a, int64_t token, int64_t batch) {
@@ -79,18 +102,56 @@ bool allow_shared(const void* kernel, int bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) == cudaSuccess;
 }
 
-size_t two_pass_workspace(const ScanArgs& a, const TwoPassPlan& plan, int pieces) {
-  const Part part(a, pieces);
-  const size_t carry = pieces > a.batch ? sizeof(float) * part.rows * a.nheads * static_cast<size_t>(a.headdim) * a.d_state : 0;
-  return part.images(a) * plan.image + carry;
+bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPassCut* cut) {
+  const int chunks = ceil_div(a.seqlen, kTwoPassChunk), later = pieces - 1, sms = sm_count();
+  const int64_t rows = static_cast<int64_t>(a.batch) * a.nheads;
+  *cut = TwoPassCut();
+  if (pieces == 1) {
+    const TwoPassPlan::States& states = plan.states[more_blocks(plan, rows)];
+    cut->clocks = chunk_clocks(states) * chunks * static_cast<double>(ceil_div64(rows * states.blocks_per_head, sms));
+    return true;
+  }
+  if (later > kMaxLater || pieces > chunks) return false;
+  const int heads = heads_per_block(a, static_cast<int64_t>(chunks) * a.batch);
+  cut->clocks = INFINITY;
+  for (int kind = 0; kind < 2; kind++) {
+    const TwoPassPlan::States& states = plan.states[kind];
+    for (int together = 1; together <= chunks; together++) {
+      if ((rows + ceil_div64(rows * later, together)) * states.blocks_per_head > sms) continue;
+      for (int rest = 1; rest * later < chunks; rest++) {
+        const int first = chunks - rest * later;
+        // Between two pieces a block has no chunk on its way for a while.
+        const double longest = fmax(first, together * (rest + 0.5) - 0.5);
+        double copies = 0;
+        for (int chunk = first + 1; chunk < chunks; chunk++) copies += ceil_div(chunk - first, rest);
+        const double ends = 8.0 * a.headdim * a.d_state * later;
+        const double clocks = chunk_clocks(states) * longest + kProductClocks * later * heads +
+                              kCacheClocks / 1024 * rows * (copies * plan.image + ends);
+        if (clocks >= cut->clocks) continue;
+        cut->pieces = pieces, cut->first = first, cut->rest = rest, cut->together = together, cut->states = kind;
+        cut->clocks = clocks;
+      }
+      break;  // more pieces a block only take longer
+    }
+  }
+  return cut->pieces > 1;
 }
 
-int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int pieces, void* workspace, cudaStream_t stream) {
-  const Part part(a, pieces);
+size_t two_pass_workspace(const ScanArgs& a, const TwoPassPlan& plan, int launches, const TwoPassCut& cut) {
+  return Workspace(a, plan, launches, cut).bytes;
+}
+
+int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int launches, const TwoPassCut& cut, void* workspace,
+                    cudaStream_t stream) {
+  const Part part(a, launches);
+  const Workspace at(a, plan, launches, cut);
+  uint8_t* memory = static_cast<uint8_t*>(workspace);
   const int all = ceil_div(a.seqlen, kTwoPassChunk);
   TwoPassArgs args = {};
   args.scan = a, args.states = workspace;
-  args.carry = reinterpret_cast<float*>(static_cast<uint8_t*>(workspace) + part.images(a) * plan.image);
+  args.carry = reinterpret_cast<float*>(memory + at.carry);
+  args.decays = reinterpret_cast<float*>(memory + at.decays), args.ends = reinterpret_cast<float*>(memory + at.ends);
+  args.later = cut.pieces - 1, args.rest = cut.rest, args.together = cut.together;
   if (dtype != MAMBA_F32 &&
       !(describe(&args.x, dtype, a.x, a.nheads * a.headdim, a, a.x_token, a.x_batch) &&
         describe(&args.B, dtype, a.B, a.ngroups * a.d_state, a, a.B_token, a.B_batch) &&
@@ -100,11 +161,11 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int p
     for (int chunk = 0; chunk < all; chunk += part.chunks) {
       const int rows = part.rows < a.batch - batch ? part.rows : a.batch - batch;
       args.rows = rows, args.batch0 = batch, args.chunk0 = chunk, args.chunks = part.chunks < all - chunk ? part.chunks : all - chunk;
-      const bool many = static_cast<int64_t>(rows) * a.nheads * plan.states[1].blocks_per_head <= sm_count();
-      const TwoPassPlan::States& states = plan.states[many ? 1 : 0];
+      const int64_t heads = static_cast<int64_t>(rows) * a.nheads, blocks = heads + ceil_div64(heads * args.later, cut.together);
+      const TwoPassPlan::States& states = plan.states[args.later > 0 ? cut.states : more_blocks(plan, heads)];
+      args.first = args.later > 0 ? cut.first : args.chunks;
       args.group_blocks = ceil_div(a.nheads / a.ngroups, heads_per_block(a, static_cast<int64_t>(args.chunks) * rows));
-      int status = launch(states.kernel, dim3(a.nheads * states.blocks_per_head, rows), states.threads, states.shared, args,
-                          stream);
+      int status = launch(states.kernel, dim3(blocks * states.blocks_per_head), states.threads, states.shared, args, stream);
       if (status != MAMBA_OK) return status;
       status = launch(plan.outputs, dim3(args.chunks * rows * a.ngroups * args.group_blocks), plan.threads, plan.shared, args, stream);
       if (status != MAMBA_OK) return status;

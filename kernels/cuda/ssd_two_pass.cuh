@@ -1,6 +1,7 @@
 // The SSD scan for Hopper (sm_90a) in two passes over chunks of 128 tokens, every one a kernel of its own:
 //
 //   states    walks the chunks of a head and writes a 16-bit copy of the state before each one
+//             (or, of a row cut into pieces, what the piece adds to the state at its start)
 //   outputs   makes y of all chunks side by side: scores x + D x + exp(decay from the chunk's start) * (C h)
 //
 // The copies stay in the L2 cache: a long sequence is taken in parts, a launch of each pass for every part. What both
@@ -46,6 +47,19 @@ struct TwoPass {
 // Valid tokens of a row of the batch.
 __device__ __forceinline__ int valid_tokens(const ScanArgs& p, int batch) {
   return p.seq_lens ? max(0, min(p.seqlen, p.seq_lens[batch])) : p.seqlen;
+}
+
+// Chunks of this launch that have valid tokens of such a row.
+__device__ __forceinline__ int valid_chunks(const TwoPassArgs& args, int limit) {
+  return max(0, min(args.chunks, ceil_div(limit - args.chunk0 * kTileRows, kTileRows)));
+}
+
+// Pieces behind the first that have chunks before chunk c, and the first chunk behind such a piece.
+__device__ __forceinline__ int later_pieces(const TwoPassArgs& args, int c) {
+  return c > args.first ? ceil_div(c - args.first, args.rest) : 0;
+}
+__device__ __forceinline__ int end_of_later(const TwoPassArgs& args, int piece, int c) {
+  return min(args.first + (piece + 1) * args.rest, c);
 }
 
 // The steps and decays of 128 tokens of one head, by one warp: a lane has four tokens, four lanes a block of 16.

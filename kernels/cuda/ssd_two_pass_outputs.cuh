@@ -152,17 +152,43 @@ struct OutputsConsumer {
                               advance(from_B, j * kHalfRows + skip + (part == 2 ? kLow : 0)), part + k > 0);
       }
     wgmma_commit();
-    const auto from_state = [&](float(&y)[L::kAccumulators][4], int i) {  // starts y = C h
-      const uint64_t state = descriptor(shared.state(i % L::kStages), L::kStateTile);
-      mbarrier_wait(shared.state_full(i % L::kStages), i / L::kStages & 1);
+    float y[L::kAccumulators][4];
+    int item = 0;  // of the ring of states
+    const auto add_state = [&](bool add) {  // starts y = C h, or y += C h
+      const int slot = item % L::kStages;
+      const uint64_t state = descriptor(shared.state(slot), L::kStateTile);
+      mbarrier_wait(shared.state_full(slot), item / L::kStages & 1);
       wgmma_fence();
 #pragma unroll
       for (int part = 0; part < kProducts; part++)
 #pragma unroll
         for (int k = 0; k < kSteps; k++)
           Wgmma<E>::rows_columns(y, advance(from_C, k / 4 * kTileBytes + k % 4 * 32 + (part == 1 ? kLow : 0)),
-                                 advance(state, k * 2048 + (part == 2 ? L::kHeadTiles * L::kStateTile : 0)), part + k > 0);
+                                 advance(state, k * 2048 + (part == 2 ? L::kHeadTiles * L::kStateTile : 0)), add || part + k > 0);
       wgmma_commit();
+    };
+    const auto end_state = [&] {  // the matrix unit has read it
+      wgmma_wait<0>();
+      pin(y);
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) mbarrier_arrive_after(shared.state_empty(item % L::kStages), __float_as_uint(y[0][0]));
+      item++;
+    };
+    const auto scale = [&](float by) {
+#pragma unroll
+      for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= by, y[n][1] *= by, y[n][2] *= by, y[n][3] *= by;
+      pin(y);
+    };
+    const auto from_state = [&] {  // starts y = C h for a head
+      add_state(false);
+#pragma unroll 1
+      while (true) {
+        const float carried = shared.carried(item % L::kStages);
+        if (__shfl_sync(0xffffffffu, carried == 0.f, 0)) break;
+        end_state();
+        scale(carried);
+        add_state(true);
+      }
     };
     wgmma_wait<0>();
 #pragma unroll
@@ -180,9 +206,8 @@ struct OutputsConsumer {
     T* out = static_cast<T*>(p.y) + at.batch * p.y_batch + t * p.y_token + at.head0 * L::kHeadDim;
     const int next = at.step * L::kHeadDim;
     const bool extras = p.z || p.d_per_channel;
-    float y[L::kAccumulators][4];
     uint32_t packed[L::kAccumulators][2];
-    from_state(y, 0);
+    from_state();
     int i = 0;  // a block has a head at least
 #pragma unroll 1
     do {
@@ -203,11 +228,8 @@ struct OutputsConsumer {
         if (j < 4 * kHalf + warp) weigh(products[j / 4][j % 4 * 2], products[j / 4][j % 4 * 2 + 1], columns + j * 16, scores[j]);
       }
       const float before = table.before(4 * kHalf + warp);
-      wgmma_wait<0>();
-      pin(y);
-#pragma unroll
-      for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= before, y[n][1] *= before, y[n][2] *= before, y[n][3] *= before;
-      pin(y);
+      end_state();
+      scale(before);
 #pragma unroll
       for (int j = 0; j < kBlocks; j++) pin(scores[j]);
       wgmma_fence();
@@ -255,7 +277,7 @@ struct OutputsConsumer {
         for (int n = 0; n < L::kAccumulators; n++)
           packed[n][0] = Traits<E>::pack(y[n][0], y[n][1]), packed[n][1] = Traits<E>::pack(y[n][2], y[n][3]);
       }
-      if (i + 1 < at.heads) from_state(y, i + 1);
+      if (i + 1 < at.heads) from_state();
     } while (++i < at.heads);
     if constexpr (L::kParts == 1)
       store(packed, out + (at.heads - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
@@ -273,13 +295,13 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
   const int blocks = args.group_blocks;
   // Early chunks first, of all rows: the first pass makes their states first.
   const int block = blockIdx.x % (blocks * p.ngroups), row = blockIdx.x / (blocks * p.ngroups) % args.rows;
-  const int chunk = blockIdx.x / (blocks * p.ngroups * args.rows);
   const int first = block % blocks;
   at.group = block / blocks, at.head0 = at.group * heads_per_group + first, at.step = blocks;
   at.heads = (heads_per_group - first + blocks - 1) / blocks;
-  at.batch = args.batch0 + row, at.token0 = (args.chunk0 + chunk) * kTileRows;
+  at.chunk = blockIdx.x / (blocks * p.ngroups * args.rows);
+  at.batch = args.batch0 + row, at.token0 = (args.chunk0 + at.chunk) * kTileRows;
   at.end = min(p.seqlen, at.token0 + kTileRows), at.limit = valid_tokens(p, at.batch);
-  at.image = (static_cast<int64_t>(row) * p.nheads + at.head0) * args.chunks + chunk;
+  at.image = (static_cast<int64_t>(row) * p.nheads + at.head0) * args.chunks + at.chunk;
   let_next_start();
   if (at.limit <= at.token0) {  // nothing but padding
     wait_for_previous();
@@ -290,6 +312,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
       const int col = idx % pieces / kPieces * at.step * L::kHeadDim + idx % kPieces * kWide;
       *reinterpret_cast<uint4*>(y + (at.token0 + idx / pieces) * p.y_token + col) = make_uint4(0, 0, 0, 0);
     }
+    finish_state<L>(args, at, threadIdx.x, L::kThreads);
     return;
   }
   if (threadIdx.x == 0) {
@@ -297,7 +320,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
     for (int s = 0; s < L::kStages; s++) {
       mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kLoaders : 2);  // 2: the tile and the decays
       mbarrier_init(shared.state_full(s), 1);
-      mbarrier_init(shared.empty(s), L::kConsumers / 32);
+      mbarrier_init(shared.empty(s), L::kConsumers / 32), mbarrier_init(shared.state_empty(s), L::kConsumers / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -305,6 +328,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
   if (threadIdx.x < L::kProducers) {
     set_registers<L::kProducerRegisters, false>();
     outputs_produce<L>(args, at, shared);
+    finish_state<L>(args, at, threadIdx.x, L::kProducers);
   } else {
     set_registers<L::kConsumerRegisters, true>();
     OutputsConsumer<L> me;

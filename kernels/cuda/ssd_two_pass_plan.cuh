@@ -18,7 +18,16 @@ struct TwoPassArgs {
   int32_t rows, batch0;     // of the batch, of this launch
   int32_t chunk0, chunks;   // of this launch
   int32_t group_blocks;     // of the second pass: its blocks for a group and chunk
+  // A row (of a head) may be cut into pieces, walked side by side by the first pass: the first starts from the state before
+  // the row, those behind it from zero. The second pass adds what the pieces before left.
+  int32_t first, rest;  // chunks of the first piece, of the others; first == chunks: nothing is cut
+  int32_t later;        // pieces of a row behind the first
+  int32_t together;     // of these, of neighbouring rows too, that a block of the first pass takes one after the other
+  float* decays;        // [batch of this launch, nheads, chunks + 1]: from the start of a later piece to that of a chunk
+  float* ends;          // [batch of this launch, nheads, later, headdim, d_state]: what a later piece adds to the final state
 };
+
+constexpr int kMaxLater = 3;
 
 using TwoPassKernel = void (*)(TwoPassArgs);
 
@@ -32,12 +41,24 @@ struct TwoPassPlan {
   int image;            // bytes
 };
 
+// How the rows of a launch are cut.
+struct TwoPassCut {
+  int pieces = 1, first = 0, rest = 1, together = 1;
+  int states = 0;   // which kernel of the first pass
+  double clocks = 0;  // expected, of the first pass and of what cutting adds to the second
+};
+
 // Only in builds for Hopper (MAMBA_SM90A). False if there are no such kernels.
 bool plan_two_pass(int dtype, int headdim, int d_state, TwoPassPlan* plan);
 
-// `pieces` pairs of launches: the rows of the batch, and then the sequence, are taken in parts.
-size_t two_pass_workspace(const ScanArgs& a, const TwoPassPlan& plan, int pieces);
-int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int pieces, void* workspace, cudaStream_t stream);
+// The best way to cut every row of a call into that many pieces (1: the rows as they are, with the clocks of one launch for
+// all of them). False if there is none that the device runs at once.
+bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPassCut* cut);
+
+// `launches` pairs of them: the rows of the batch, and then the sequence, are taken in parts. Rows are cut in one pair only.
+size_t two_pass_workspace(const ScanArgs& a, const TwoPassPlan& plan, int launches, const TwoPassCut& cut);
+int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int launches, const TwoPassCut& cut, void* workspace,
+                    cudaStream_t stream);
 
 }  // namespace ssd
 }  // namespace mamba

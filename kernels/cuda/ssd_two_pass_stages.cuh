@@ -16,14 +16,14 @@ struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_> {
   static constexpr int kStates = Base::kParts * Base::kStateTiles * kTileBytes;  // C or B
   static constexpr int kOut = sizeof(T_) == 2 ? kTileBytes : 0;  // where y of 64 columns is put in order
   static constexpr int kTable = (128 + 128 + 4 * 64 + 4 * 128 + 8 + 4) * 4;  // bytes of a DecayTable
-  static constexpr int kFixed = 2 * kStates + kOut + 128;
+  static constexpr int kFixed = 2 * kStates + kOut + 192;
   static constexpr int kStages = kFixed + 4 * (kStage + kTable) <= 232448   ? 4
                                  : kFixed + 2 * (kStage + kTable) <= 232448 ? 2
                                                                             : 1;
   static constexpr int kLoaders = kProducers / kStages;  // threads that fill a stage, for float32
   static constexpr int kStageAt = 2 * kStates, kOutAt = kStageAt + kStages * kStage, kTableAt = kOutAt + kOut;
-  static constexpr int kBarrierAt = kTableAt + kStages * kTable;
-  static constexpr int kShared = kBarrierAt + 128;
+  static constexpr int kBarrierAt = kTableAt + kStages * kTable, kCarriedAt = kBarrierAt + (2 + 4 * kStages) * 8;
+  static constexpr int kShared = kBarrierAt + 192;
   static_assert(kShared <= 232448, "does not fit");
 };
 
@@ -71,14 +71,91 @@ struct OutputsShared {
   __device__ uint64_t* x_full(int s) const { return barrier(2 + s); }  // and the decays
   __device__ uint64_t* state_full(int s) const { return barrier(2 + L::kStages + s); }
   __device__ uint64_t* empty(int s) const { return barrier(2 + 2 * L::kStages + s); }
+  // States are a ring of their own: a head behind a cut has more than one.
+  __device__ uint64_t* state_empty(int s) const { return barrier(2 + 3 * L::kStages + s); }
+  // What is left of C h of state s where the head's next one begins; 0: it is the head's last.
+  __device__ float& carried(int s) const { return reinterpret_cast<float*>(base + L::kCarriedAt)[s]; }
 };
 
 struct OutputsItem {
   int batch, head0, heads, group;
   int step;                // from a head to the next
+  int chunk;               // of this launch
   int token0, limit, end;  // first token, valid tokens of the row, end of this chunk
   int64_t image;           // of the first head
 };
+
+// Fills the ring of states, by one thread, which knows all heads up to its own. A head's state is what its chunk's copy holds and,
+// behind a cut, what is left of the copy at the piece's start, which is again what it holds and what is left of one before.
+template <typename L>
+struct StateLoader {
+  int later, item = 0;      // pieces before the chunk; place in the ring of the next head's first state
+  float left[kMaxLater];    // of the copy at the start of a piece: at its end, or before the chunk; 0: it is not needed
+
+  // Reads what is left for head i.
+  __device__ __forceinline__ void fetch(const TwoPassArgs& args, const OutputsItem& at, int i) {
+    const int64_t row = at.image / args.chunks + static_cast<int64_t>(i) * at.step;
+    const float* from = args.decays + row * (args.chunks + 1);
+    later = later_pieces(args, at.chunk);
+#pragma unroll
+    for (int piece = 0; piece < kMaxLater; piece++)
+      left[piece] = piece < later ? __ldcg(from + end_of_later(args, piece, at.chunk)) : 1.f;
+    float rest = 1.f;
+#pragma unroll
+    for (int piece = kMaxLater - 1; piece >= 0; piece--) {
+      rest *= left[piece];
+      if (rest == 0.f || piece >= later) left[piece] = 0.f;
+    }
+  }
+  __device__ __forceinline__ void skip() {
+    item++;
+#pragma unroll
+    for (int piece = 0; piece < kMaxLater; piece++) item += left[piece] != 0.f;
+  }
+  __device__ __forceinline__ void load(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared, int i) {
+    const int64_t row = at.image + static_cast<int64_t>(i) * at.step * args.chunks - at.chunk;
+    const uint8_t* images = static_cast<const uint8_t*>(args.states) + row * L::kImage;
+    const auto add = [&](int chunk, float carried) {
+      const int slot = item % L::kStages;
+      mbarrier_wait(shared.state_empty(slot), (item++ / L::kStages & 1) ^ 1);
+      shared.carried(slot) = carried;
+      bulk_load(shared.state(slot), images + static_cast<int64_t>(chunk) * L::kImage, L::kImage, shared.state_full(slot));
+    };
+#pragma unroll
+    for (int piece = 0; piece < kMaxLater; piece++)
+      if (left[piece] != 0.f) add(args.first + piece * args.rest, left[piece]);
+    add(at.chunk, 0.f);
+  }
+};
+
+// The final state of a row that was cut, from the ends of its pieces: a block has a share of that of its heads.
+template <typename L>
+__device__ __forceinline__ void finish_state(const TwoPassArgs& args, const OutputsItem& at, int thread, int threads) {
+  const int valid = valid_chunks(args, at.limit), later = later_pieces(args, valid);
+  if (!args.scan.final_state || later == 0) return;
+  wait_for_previous();
+  constexpr int kPairs = L::kHeadDim * L::kState / 2;
+  const int begin = kPairs * at.chunk / args.chunks, end = kPairs * (at.chunk + 1) / args.chunks;
+#pragma unroll 1
+  for (int i = 0; i < at.heads; i++) {
+    const int64_t row = at.image / args.chunks + static_cast<int64_t>(i) * at.step;
+    const float* decays = args.decays + row * (args.chunks + 1);
+    const float2* ends = reinterpret_cast<const float2*>(args.ends) + row * args.later * kPairs;
+    float2* state = reinterpret_cast<float2*>(args.scan.final_state) + (static_cast<int64_t>(args.batch0) * args.scan.nheads + row) * kPairs;
+#pragma unroll 1
+    for (int idx = begin + thread; idx < end; idx += threads) {
+      float2 v = __ldcg(state + idx);
+#pragma unroll
+      for (int piece = 0; piece < kMaxLater; piece++)
+        if (piece < later) {
+          const float decay = __ldcg(decays + end_of_later(args, piece, valid));
+          const float2 add = __ldcg(ends + piece * kPairs + idx);
+          v.x = fmaf(decay, v.x, add.x), v.y = fmaf(decay, v.y, add.y);
+        }
+      state[idx] = v;
+    }
+  }
+}
 
 template <typename L>
 __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared) {
@@ -86,12 +163,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
   const ScanArgs& p = args.scan;
   const int rows = at.limit - at.token0, warp = threadIdx.x / 32;
   const auto free = [&](int i) { mbarrier_wait(shared.empty(i % L::kStages), (i / L::kStages & 1) ^ 1); };
-  const auto load_state = [&](int i) {
-    const int stage = i % L::kStages;
-    const int64_t index = at.image + static_cast<int64_t>(i) * at.step * args.chunks;
-    const uint8_t* image = static_cast<const uint8_t*>(args.states) + index * L::kImage;
-    bulk_load(shared.state(stage), image, L::kImage, shared.state_full(stage));
-  };
+  StateLoader<L> states;
   if constexpr (L::kParts == 2) {
     const int64_t t = at.token0;
     const int stage = threadIdx.x / L::kLoaders, thread = threadIdx.x % L::kLoaders;
@@ -117,7 +189,10 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
         split_tile<L::kLoaders, 4>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + i * at.step * L::kHeadDim + k * 64,
                                 p.x_token, rows, thread);
       if (i == stage) wait_for_previous();
-      if (thread == 0) load_state(i);
+      if (thread == 0) {
+        for (int before = i < L::kStages ? 0 : i - L::kStages + 1; before < i; before++) states.fetch(args, at, before), states.skip();
+        states.fetch(args, at, i), states.load(args, at, shared, i);
+      }
       if (thread < 32) {
         __syncwarp();
         decay.finish(p, head, at.token0, at.limit), shared.table(stage).make(decay, p.D && !p.d_per_channel ? p.D[head] : 0.f);
@@ -139,14 +214,15 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
     for (int i = 0; i < at.heads; i++) {
       const int stage = i % L::kStages;
       uint64_t* bar = clear ? shared.landed() : shared.x_full(stage);
+      if (i > 0 && threadIdx.x == 0) states.fetch(args, at, i);
       free(i);
       if (threadIdx.x == 0) {
         expect_bytes(bar, L::kInput);
 #pragma unroll
         for (int k = 0; k < L::kHeadTiles; k++)
           tensor_load(shared.x(stage) + k * kTileBytes, args.x, (at.head0 + i * at.step) * L::kHeadDim + k * 64, at.token0, at.batch, bar);
-        if (i == 0) wait_for_previous();
-        load_state(i);
+        if (i == 0) wait_for_previous(), states.fetch(args, at, i);
+        states.load(args, at, shared, i);
       }
       __syncwarp();
       if (clear) {

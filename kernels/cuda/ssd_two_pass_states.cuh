@@ -1,6 +1,6 @@
 // First pass: the state before every chunk of 128 tokens.
 //
-// A block has one head and kWgs warpgroups of consumers, each with 64 rows of d_state: its part of the transposed state,
+// A block has a piece of a row (all of it, if it is not cut), or some of them one after the other, and kWgs warpgroups of consumers, each with 64 rows of d_state: its part of the transposed state,
 // [64 of d_state][headdim], stays in registers as accumulators. Per chunk h = decay h + B^T (x weight): another warpgroup
 // weighs x in its place in shared memory, ahead of the consumers, whose chain from chunk to chunk is the critical one.
 #pragma once
@@ -42,12 +42,48 @@ struct StatesShared {
   __device__ uint64_t* landed() const { return full(3 * L::kStages); }  // of a tile whose padding must be cleared
 };
 
-// What a block works on.
+// What a block works on: a piece of a row.
 struct StatesItem {
   int batch, head, part;  // part: of d_state, when several blocks share a head
-  int token0, limit;      // of the row
-  int chunks;             // with valid tokens, of this launch
+  int64_t row;            // of heads, of this launch
+  int piece;              // of the row
+  int begin, chunks;      // of this launch, with valid tokens
+  int token0, limit;      // of the piece, of the row
+  bool more;              // the row goes on behind the piece
 };
+
+// The block's piece number `index`; false behind its last. Blocks of first pieces come first.
+template <typename L>
+__device__ __forceinline__ bool states_item(const TwoPassArgs& args, int index, StatesItem& at) {
+  const int rows = args.rows * args.scan.nheads, block = blockIdx.x / L::kSplit;
+  int row = block;
+  at.piece = 0, at.begin = 0;
+  if (block >= rows) {
+    const int piece = (block - rows) * args.together + index;
+    if (index >= args.together || piece >= rows * args.later) return false;
+    row = piece / args.later, at.piece = 1 + piece % args.later;
+    at.begin = args.first + (at.piece - 1) * args.rest;
+  } else if (index > 0) {
+    return false;
+  }
+  at.row = row, at.head = row % args.scan.nheads, at.batch = args.batch0 + row / args.scan.nheads;
+  at.part = blockIdx.x % L::kSplit;
+  at.token0 = (args.chunk0 + at.begin) * kTileRows, at.limit = valid_tokens(args.scan, at.batch);
+  const int valid = valid_chunks(args, at.limit), end = at.begin + (at.piece ? args.rest : args.first);
+  at.chunks = max(0, min(valid, end) - at.begin), at.more = valid > end;
+  return true;
+}
+
+// The chunks of all of them: visit(piece, chunk of the piece, chunk of the block).
+template <typename L, typename Visit>
+__device__ __forceinline__ void each_chunk(const TwoPassArgs& args, Visit visit) {
+  StatesItem at;
+  int n = 0;
+#pragma unroll 1
+  for (int i = 0; states_item<L>(args, i, at); i++)
+#pragma unroll 1
+    for (int c = 0; c < at.chunks; c++) visit(at, c, n++);
+}
 
 template <typename L>
 struct StatesConsumer {
@@ -74,7 +110,7 @@ struct StatesConsumer {
     const ScanArgs& p = args.scan;
     const float* from = args.chunk0 > 0 ? args.carry : p.initial_state;
     const int64_t row = args.chunk0 > 0 ? at.batch - args.batch0 : at.batch;
-    if (from) {
+    if (from && at.piece == 0) {
       from += (row * p.nheads + at.head) * L::kHeadDim * L::kState;
       each(at.part, [&](float& v, int index) { v = __ldcg(from + index); });
     } else {
@@ -82,13 +118,15 @@ struct StatesConsumer {
     }
   }
 
+  // The end of a first piece goes where the final state belongs: the initial state may lie there, which no other block reads.
   __device__ __forceinline__ void store(const TwoPassArgs& args, const StatesItem& at) {
     const ScanArgs& p = args.scan;
     const bool last = (args.chunk0 + args.chunks) * kTileRows >= p.seqlen;
     float* to = last ? p.final_state : args.carry;
-    const int64_t row = last ? at.batch : at.batch - args.batch0;
-    if (!to) return;
-    to += (row * p.nheads + at.head) * L::kHeadDim * L::kState;
+    if (!to || (at.piece > 0 && at.chunks == 0)) return;
+    int64_t index = at.row + (last ? static_cast<int64_t>(args.batch0) * p.nheads : 0);
+    if (at.piece > 0) to = args.ends, index = at.row * args.later + at.piece - 1;
+    to += index * L::kHeadDim * L::kState;
     each(at.part, [&](float& v, int index) { to[index] = v; });
   }
 
@@ -131,8 +169,8 @@ struct StatesConsumer {
     wgmma_commit();
   }
 
-  // Ends chunk c.
-  __device__ __forceinline__ void end(const StatesShared<L>& shared, int c, float (&added)[L::kAccumulators][4]) {
+  // Ends chunk c and returns its decay.
+  __device__ __forceinline__ float end(const StatesShared<L>& shared, int c, float (&added)[L::kAccumulators][4]) {
     const int stage = c % L::kStages;
     const float decay = shared.decay(stage);
     wgmma_wait<0>();
@@ -143,41 +181,57 @@ struct StatesConsumer {
       for (int r = 0; r < 4; r++) h[n][r] = fmaf(decay, h[n][r], added[n][r]);
     __syncwarp();
     if ((threadIdx.x & 31) == 0) mbarrier_arrive_after(shared.empty(stage), __float_as_uint(decay));
+    return decay;
   }
 
-  __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
-    const int64_t row = static_cast<int64_t>(at.batch - args.batch0) * args.scan.nheads + at.head;
-    uint8_t* image = static_cast<uint8_t*>(args.states) + row * args.chunks * L::kImage + ((at.part * L::kWgs + wg) * 4 + warp) * 2048;
-    wait_for_previous();
-    load(args, at);
-    if (at.chunks > 0) {
-      // The copy goes out while the matrix unit is at the next chunk.
-      float added[L::kAccumulators][4];
-      begin(shared, 0, added);
-      publish(shared, image);
+  // `n` chunks of the block come before this piece.
+  __device__ __forceinline__ void walk(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared, int n) {
+    uint8_t* image = static_cast<uint8_t*>(args.states) + (at.row * args.chunks + at.begin) * L::kImage +
+                     ((at.part * L::kWgs + wg) * 4 + warp) * 2048;
+    // One thread of a head tells how much of the state at the start of a later piece is left behind each chunk.
+    const bool tells = at.piece > 0 && at.part == 0 && wg == 0 && warp == 0 && (threadIdx.x & 31) == 0;
+    float* left = args.decays + at.row * (args.chunks + 1) + at.begin;
+    float decay = 1.f;
+    // The copy goes out while the matrix unit is at the next chunk. Before a later piece lies that of the piece before it.
+    float added[L::kAccumulators][4];
+    begin(shared, n, added);
+    if (at.piece == 0) publish(shared, image);
 #pragma unroll 1
-      for (int c = 1; c < at.chunks; c++) {
-        end(shared, c - 1, added);
-        begin(shared, c, added);
-        publish(shared, image + static_cast<int64_t>(c) * L::kImage);
-      }
-      end(shared, at.chunks - 1, added);
+    for (int c = 1; c < at.chunks; c++) {
+      decay *= end(shared, n + c - 1, added);
+      if (tells) left[c] = decay;
+      begin(shared, n + c, added);
+      publish(shared, image + static_cast<int64_t>(c) * L::kImage);
     }
-    store(args, at);
+    decay *= end(shared, n + at.chunks - 1, added);
+    if (tells) left[at.chunks] = decay;
+    if (at.more) publish(shared, image + static_cast<int64_t>(at.chunks) * L::kImage);
+  }
+
+  __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesShared<L>& shared) {
+    StatesItem at;
+    wait_for_previous();
+    int n = 0;
+#pragma unroll 1
+    for (int i = 0; states_item<L>(args, i, at); i++) {
+      load(args, at);
+      if (at.chunks > 0) walk(args, at, shared, n);
+      n += at.chunks;
+      store(args, at);
+    }
     if ((threadIdx.x & 31) == 0) bulk_wait<0>();
   }
 };
 
 // x times the weights of its tokens, in place.
 template <typename L>
-__device__ __forceinline__ void states_weigh(const StatesItem& at, const StatesShared<L>& shared) {
+__device__ __forceinline__ void states_weigh(const TwoPassArgs& args, const StatesShared<L>& shared) {
   using E = typename L::E;
   const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;  // rows 16 apart share a swizzle
   constexpr int kLow = L::kHeadTiles * kTileBytes;
-#pragma unroll 1
-  for (int c = 0; c < at.chunks; c++) {
-    const int stage = c % L::kStages;
-    mbarrier_wait(shared.full(stage), c / L::kStages & 1);
+  each_chunk<L>(args, [&](const StatesItem&, int, int n) {
+    const int stage = n % L::kStages;
+    mbarrier_wait(shared.full(stage), n / L::kStages & 1);
     const float* weights = shared.weights(stage) + row;
     const uint32_t first = shared.x(stage) + Tile<64>::offset(row, piece);
 #pragma unroll
@@ -208,7 +262,7 @@ __device__ __forceinline__ void states_weigh(const StatesItem& at, const StatesS
     fence_async_proxy();
     __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.weighted(stage));
-  }
+  });
 }
 
 // The weights of a chunk's tokens and its decay, by one warp.
@@ -225,30 +279,29 @@ __device__ __forceinline__ void make_weights(const ScanArgs& p, const StatesItem
 }
 
 template <typename L>
-__device__ __forceinline__ void states_produce(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared) {
+__device__ __forceinline__ void states_produce(const TwoPassArgs& args, const StatesShared<L>& shared) {
   using T = typename L::T;
   const ScanArgs& p = args.scan;
-  const int warp = threadIdx.x / 32, group = at.head / (p.nheads / p.ngroups);
-  const auto free = [&](int c) { mbarrier_wait(shared.empty(c % L::kStages), (c / L::kStages & 1) ^ 1); };
-  const auto token0 = [&](int c) { return at.token0 + c * kTileRows; };
+  const int warp = threadIdx.x / 32, heads_per_group = p.nheads / p.ngroups;
+  const auto free = [&](int n) { mbarrier_wait(shared.empty(n % L::kStages), (n / L::kStages & 1) ^ 1); };
   if (warp >= L::kWeighing) {
-#pragma unroll 1
-    for (int c = warp - L::kWeighing; c < at.chunks; c += 4 - L::kWeighing) {
+    each_chunk<L>(args, [&](const StatesItem& at, int c, int n) {
+      if (n % (4 - L::kWeighing) != warp - L::kWeighing) return;
+      const int token0 = at.token0 + c * kTileRows;
       ChunkDecay<T> decay;
-      decay.fetch(p, at.batch, at.head, token0(c), at.limit);
-      free(c);
-      make_weights<L>(p, at, shared, c % L::kStages, token0(c), decay);
+      decay.fetch(p, at.batch, at.head, token0, at.limit);
+      free(n);
+      make_weights<L>(p, at, shared, n % L::kStages, token0, decay);
       __syncwarp();
-      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.full(c % L::kStages));
-    }
+      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.full(n % L::kStages));
+    });
   } else if constexpr (L::kParts == 2) {
-    const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + group * L::kState + at.part * L::kWgs * 64;
-    const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + at.head * L::kHeadDim;
-#pragma unroll 1
-    for (int c = 0; c < at.chunks; c++) {
-      const int64_t t = token0(c);
-      const int rows = at.limit - token0(c), stage = c % L::kStages;
-      free(c);
+    each_chunk<L>(args, [&](const StatesItem& at, int c, int n) {
+      const int64_t t = at.token0 + c * kTileRows;
+      const int rows = at.limit - static_cast<int>(t), stage = n % L::kStages, group = at.head / heads_per_group;
+      const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + group * L::kState + at.part * L::kWgs * 64;
+      const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + at.head * L::kHeadDim;
+      free(n);
 #pragma unroll
       for (int wg = 0; wg < L::kWgs; wg++)
         split_tile<L::kLoaders, 8>(shared.B(stage, wg), L::kWgs * kTileBytes, B + t * p.B_token + wg * 64, p.B_token, rows, threadIdx.x);
@@ -258,32 +311,33 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
                                    p.x_token, rows, threadIdx.x);
       fence_async_proxy();
       mbarrier_arrive(shared.full(stage));
-    }
+    });
   } else {
-#pragma unroll 1
-    for (int c = 0; c < at.chunks; c++) {
-      const int stage = c % L::kStages, rows = at.limit - token0(c);
+    int cleared = 0;
+    each_chunk<L>(args, [&](const StatesItem& at, int c, int n) {
+      const int token0 = at.token0 + c * kTileRows, stage = n % L::kStages, rows = at.limit - token0;
+      const int group = at.head / heads_per_group;
       const bool clear = rows < kTileRows && at.limit < p.seqlen;
       uint64_t* bar = clear ? shared.landed() : shared.full(stage);
-      free(c);
+      free(n);
       if (threadIdx.x == 0) {
         expect_bytes(bar, L::kStage);
 #pragma unroll
         for (int wg = 0; wg < L::kWgs; wg++)
-          tensor_load(shared.B(stage, wg), args.B, group * L::kState + (at.part * L::kWgs + wg) * 64, token0(c), at.batch, bar);
+          tensor_load(shared.B(stage, wg), args.B, group * L::kState + (at.part * L::kWgs + wg) * 64, token0, at.batch, bar);
 #pragma unroll
         for (int i = 0; i < L::kHeadTiles; i++)
-          tensor_load(shared.x(stage) + i * kTileBytes, args.x, at.head * L::kHeadDim + i * 64, token0(c), at.batch, bar);
+          tensor_load(shared.x(stage) + i * kTileBytes, args.x, at.head * L::kHeadDim + i * 64, token0, at.batch, bar);
       }
       if (clear) {  // the last chunk of a row
-        mbarrier_wait(bar, 0);
+        mbarrier_wait(bar, cleared++ & 1);
         clear_rows(shared.B(stage, 0), L::kWgs + L::kHeadTiles, rows);
         fence_async_proxy();
         __syncwarp();
         if (threadIdx.x == 0) mbarrier_arrive(shared.full(stage));
       }
       __syncwarp();
-    }
+    });
   }
 }
 
@@ -303,19 +357,15 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid
   // The first launch of a call waits for its inputs here: the second pass, which starts behind this, reads some without waiting.
   if (args.batch0 == 0 && args.chunk0 == 0) wait_for_previous();
   let_next_start();
-  StatesItem at;
-  at.part = blockIdx.x % L::kSplit, at.head = blockIdx.x / L::kSplit, at.batch = args.batch0 + blockIdx.y;
-  at.token0 = args.chunk0 * kTileRows, at.limit = valid_tokens(args.scan, at.batch);
-  at.chunks = max(0, min(args.chunks, (at.limit - at.token0 + kTileRows - 1) / kTileRows));
   if (threadIdx.x < L::kProducers) {
-    states_produce<L>(args, at, shared);
+    states_produce<L>(args, shared);
   } else if (threadIdx.x < L::kProducers + L::kWeighers) {
-    states_weigh<L>(at, shared);
+    states_weigh<L>(args, shared);
   } else {
     StatesConsumer<L> me;
     const int warp = __shfl_sync(0xffffffffu, (threadIdx.x - L::kProducers - L::kWeighers) / 32, 0);  // tells that it is uniform
     me.wg = warp / 4, me.warp = warp % 4;
-    me.run(args, at, shared);
+    me.run(args, shared);
   }
 }
 

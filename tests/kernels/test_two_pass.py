@@ -21,7 +21,7 @@ from kernels import nvrtc
 HERE = Path(__file__).parent
 LIMIT = {torch.float32: 2e-5, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
 POINTERS = "x dt B C z y A D dt_bias initial_state final_state seq_lens"
-SIZES = "batch seqlen nheads ngroups dt_softplus d_per_channel heads_per_block chunks"
+SIZES = "batch seqlen nheads ngroups dt_softplus d_per_channel heads_per_block chunks first rest together"
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: kernels on the CPU, g++ is missing"),
     pytest.mark.slow,
@@ -90,7 +90,9 @@ def make(batch: int, seqlen: int, nheads: int, ngroups: int, dtype: torch.dtype,
     if "gate" in more:
         inputs |= {"z": normal(batch, seqlen, nheads, 64).to(dtype), "D": normal(nheads, 64)}
     if "ragged" in more:
-        inputs["seq_lens"] = torch.tensor([seqlen, 0, 131, 77][:batch], dtype=torch.int32)
+        inputs["seq_lens"] = torch.tensor([seqlen, 0, 131, 77, 300, 256][:batch], dtype=torch.int32)
+    if "slow" in more:  # the state of the first tokens is still seen by the last
+        inputs["A"] = inputs["A"] / 100
     if "extreme" in more:
         spread = torch.rand(batch, seqlen, nheads, generator=generator)
         inputs |= {"dt": (10 ** (spread * 9.7 - 8)).to(dtype), "dt_bias": None}
@@ -143,6 +145,37 @@ def test_matches_float64(
     library: ctypes.CDLL, shape: tuple[int, int, int, int], dtype: torch.dtype, warpgroups: int, heads: int,
     chunks: int, more: str,
 ) -> None:  # fmt: skip
+    check(library, shape, dtype, warpgroups, heads, chunks, more, (0, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "warpgroups", "heads", "cut", "more"),
+    [
+        ((1, 500, 3, 1), torch.bfloat16, 1, 3, (2, 2, 1), ""),
+        ((1, 700, 3, 1), torch.bfloat16, 2, 2, (4, 2, 2), "slow gate"),  # a block has the ends of two rows
+        ((1, 700, 5, 1), torch.float16, 2, 5, (1, 2, 3), "slow"),  # three pieces and one more, in any blocks
+        ((1, 700, 3, 1), torch.bfloat16, 1, 3, (2, 2, 1), "slow"),
+        ((1, 520, 2, 1), torch.bfloat16, 2, 2, (2, 1, 3), "in place"),
+        ((6, 400, 2, 2), torch.bfloat16, 2, 1, (2, 2, 3), "slow gate ragged"),
+        ((6, 400, 3, 1), torch.float16, 1, 3, (1, 1, 2), "slow ragged"),
+        ((1, 400, 8, 1), torch.bfloat16, 2, 4, (1, 2, 1), "extreme"),
+        ((6, 400, 2, 1), torch.float32, 1, 2, (2, 1, 1), "slow gate ragged"),
+        ((1, 500, 2, 1), torch.float32, 1, 2, (1, 1, 2), "slow"),
+        ((1, 400, 8, 1), torch.float32, 1, 4, (2, 2, 1), "extreme"),
+    ],
+    ids=str,
+)
+def test_rows_cut_in_time(
+    library: ctypes.CDLL, shape: tuple[int, int, int, int], dtype: torch.dtype, warpgroups: int, heads: int,
+    cut: tuple[int, int, int], more: str,
+) -> None:  # fmt: skip
+    check(library, shape, dtype, warpgroups, heads, -(-shape[1] // 128), more, cut)
+
+
+def check(
+    library: ctypes.CDLL, shape: tuple[int, int, int, int], dtype: torch.dtype, warpgroups: int, heads: int,
+    chunks: int, more: str, cut: tuple[int, int, int],
+) -> None:  # fmt: skip
     inputs = make(*shape, dtype, more)
     expected, final = reference(inputs)
     if inputs["seq_lens"] is not None:
@@ -151,10 +184,13 @@ def test_matches_float64(
                 inputs[name][row, length:] = float("nan")
     inputs["y"] = torch.full_like(inputs["x"], float("nan"))
     inputs["final_state"] = torch.full_like(inputs["initial_state"], float("nan"))
+    if "in place" in more:
+        inputs["final_state"] = inputs["initial_state"]
     call = Call(*(None if inputs[n] is None else inputs[n].data_ptr() for n in POINTERS.split()))
     call.batch, call.seqlen, call.nheads, call.ngroups = shape
     call.dt_softplus, call.d_per_channel = int(inputs["dt_bias"] is not None), int(inputs["D"].dim() == 2)
     call.heads_per_block, call.chunks = heads, chunks
+    call.first, call.rest, call.together = cut
     library.two_pass(ctypes.byref(call), {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], warpgroups)
     assert error(inputs["y"], expected) < LIMIT[dtype]
     assert error(inputs["final_state"], final) < LIMIT[dtype]

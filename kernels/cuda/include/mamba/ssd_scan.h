@@ -43,7 +43,8 @@ typedef struct {
 /* A tactic is 1 + layout + 16 * pieces; layout -1 is the generic kernel (any size, FFMA), the others use tensor cores and
  * differ in heads per block and chunk length. The sequence is cut into `pieces`, with a state-only pass over all but the
  * last; with 0 pieces every block takes an equal run of chunks, over the ends of rows (only where there are more rows
- * than blocks). Layout 6 (Hopper) takes batch and sequence in `pieces`, each in two passes over chunks of 128 tokens.
+ * than blocks). Layout 6 (Hopper) takes batch and sequence in `pieces`, each in two passes over chunks of 128 tokens; layout 7
+ * is the same in one go, with every row cut into `pieces` that the first pass takes side by side.
  * mamba_ssd_scan_tactics lists those that cover the shape, the selector's choice first. */
 MAMBA_API int mamba_ssd_scan(const mamba_ssd_scan_params* params, mamba_stream stream);
 MAMBA_API size_t mamba_ssd_scan_workspace(const mamba_ssd_scan_params* params);
