@@ -133,6 +133,15 @@ bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPas
       }
       break;  // more pieces a block only take longer
     }
+    // More rows than blocks: equal runs, so that none is longer than the others.
+    if (pieces > 2 || rows * states.blocks_per_head < sms) continue;
+    const int64_t run = ceil_div64(rows * chunks, sms / states.blocks_per_head), cuts = ceil_div64(rows * chunks, run) - 1;
+    const double each = 0.5 * (chunks - 1) * plan.image + 8.0 * a.headdim * a.d_state;
+    const double clocks = chunk_clocks(states) * (run + 0.5 * ceil_div64(run, chunks)) + kProductClocks * 0.5 * heads +
+                          kCacheClocks / 1024 * cuts * each;
+    if (clocks >= cut->clocks) continue;
+    cut->pieces = 2, cut->first = cut->rest = chunks, cut->together = 1, cut->run = static_cast<int>(run);
+    cut->states = kind, cut->clocks = clocks;
   }
   return cut->pieces > 1;
 }
@@ -151,7 +160,7 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int l
   args.scan = a, args.states = workspace;
   args.carry = reinterpret_cast<float*>(memory + at.carry);
   args.decays = reinterpret_cast<float*>(memory + at.decays), args.ends = reinterpret_cast<float*>(memory + at.ends);
-  args.later = cut.pieces - 1, args.rest = cut.rest, args.together = cut.together;
+  args.later = cut.pieces - 1, args.rest = cut.rest, args.together = cut.together, args.run = cut.run;
   if (dtype != MAMBA_F32 &&
       !(describe(&args.x, dtype, a.x, a.nheads * a.headdim, a, a.x_token, a.x_batch) &&
         describe(&args.B, dtype, a.B, a.ngroups * a.d_state, a, a.B_token, a.B_batch) &&
@@ -161,7 +170,8 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int l
     for (int chunk = 0; chunk < all; chunk += part.chunks) {
       const int rows = part.rows < a.batch - batch ? part.rows : a.batch - batch;
       args.rows = rows, args.batch0 = batch, args.chunk0 = chunk, args.chunks = part.chunks < all - chunk ? part.chunks : all - chunk;
-      const int64_t heads = static_cast<int64_t>(rows) * a.nheads, blocks = heads + ceil_div64(heads * args.later, cut.together);
+      const int64_t heads = static_cast<int64_t>(rows) * a.nheads;
+      const int64_t blocks = cut.run > 0 ? ceil_div64(heads * args.chunks, cut.run) : heads + ceil_div64(heads * args.later, cut.together);
       const TwoPassPlan::States& states = plan.states[args.later > 0 ? cut.states : more_blocks(plan, heads)];
       args.first = args.later > 0 ? cut.first : args.chunks;
       args.group_blocks = ceil_div(a.nheads / a.ngroups, heads_per_block(a, static_cast<int64_t>(args.chunks) * rows));

@@ -54,13 +54,17 @@ __device__ __forceinline__ int valid_chunks(const TwoPassArgs& args, int limit) 
   return max(0, min(args.chunks, ceil_div(limit - args.chunk0 * kTileRows, kTileRows)));
 }
 
-// Pieces behind the first that have chunks before chunk c, and the first chunk behind such a piece.
-__device__ __forceinline__ int later_pieces(const TwoPassArgs& args, int c) {
-  return c > args.first ? ceil_div(c - args.first, args.rest) : 0;
-}
-__device__ __forceinline__ int end_of_later(const TwoPassArgs& args, int piece, int c) {
-  return min(args.first + (piece + 1) * args.rest, c);
-}
+// How a row of heads of this launch is cut.
+struct RowCut {
+  int first, rest;  // chunks
+  __device__ __forceinline__ RowCut(const TwoPassArgs& args, int row) : first(args.first), rest(args.rest) {
+    if (args.run > 0) first = min(args.run - row * args.chunks % args.run, args.chunks);  // where the block's run ends
+  }
+  // Pieces behind the first that have chunks before chunk c; the start of one; the first chunk behind it, c at most.
+  __device__ __forceinline__ int later(int c) const { return c > first ? ceil_div(c - first, rest) : 0; }
+  __device__ __forceinline__ int start(int piece) const { return first + piece * rest; }
+  __device__ __forceinline__ int end(int piece, int c) const { return min(start(piece + 1), c); }
+};
 
 // The steps and decays of 128 tokens of one head, by one warp: a lane has four tokens, four lanes a block of 16.
 template <typename T>

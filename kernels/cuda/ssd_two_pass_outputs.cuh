@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
   at.chunk = blockIdx.x / (blocks * p.ngroups * args.rows);
   at.batch = args.batch0 + row, at.token0 = (args.chunk0 + at.chunk) * kTileRows;
   at.end = min(p.seqlen, at.token0 + kTileRows), at.limit = valid_tokens(p, at.batch);
-  at.image = (static_cast<int64_t>(row) * p.nheads + at.head0) * args.chunks + at.chunk;
+  at.row = row * p.nheads + at.head0;
   let_next_start();
   if (at.limit <= at.token0) {  // nothing but padding
     wait_for_previous();

@@ -23,6 +23,7 @@ struct TwoPassArgs {
   int32_t first, rest;  // chunks of the first piece, of the others; first == chunks: nothing is cut
   int32_t later;        // pieces of a row behind the first
   int32_t together;     // of these, of neighbouring rows too, that a block of the first pass takes one after the other
+  int32_t run;          // not 0: blocks of the first pass take that many chunks (of a row or more) each, across the ends of rows
   float* decays;        // [batch of this launch, nheads, chunks + 1]: from the start of a later piece to that of a chunk
   float* ends;          // [batch of this launch, nheads, later, headdim, d_state]: what a later piece adds to the final state
 };
@@ -43,8 +44,8 @@ struct TwoPassPlan {
 
 // How the rows of a launch are cut.
 struct TwoPassCut {
-  int pieces = 1, first = 0, rest = 1, together = 1;
-  int states = 0;   // which kernel of the first pass
+  int pieces = 1, first = 0, rest = 1, together = 1, run = 0;
+  int states = 0;     // which kernel of the first pass
   double clocks = 0;  // expected, of the first pass and of what cutting adds to the second
 };
 

@@ -82,24 +82,24 @@ struct OutputsItem {
   int step;                // from a head to the next
   int chunk;               // of this launch
   int token0, limit, end;  // first token, valid tokens of the row, end of this chunk
-  int64_t image;           // of the first head
+  int row;                 // of heads of this launch, the first
 };
 
 // Fills the ring of states, by one thread, which knows all heads up to its own. A head's state is what its chunk's copy holds and,
 // behind a cut, what is left of the copy at the piece's start, which is again what it holds and what is left of one before.
 template <typename L>
 struct StateLoader {
-  int later, item = 0;      // pieces before the chunk; place in the ring of the next head's first state
+  int item = 0;             // place in the ring of the next head's first state
   float left[kMaxLater];    // of the copy at the start of a piece: at its end, or before the chunk; 0: it is not needed
 
   // Reads what is left for head i.
   __device__ __forceinline__ void fetch(const TwoPassArgs& args, const OutputsItem& at, int i) {
-    const int64_t row = at.image / args.chunks + static_cast<int64_t>(i) * at.step;
-    const float* from = args.decays + row * (args.chunks + 1);
-    later = later_pieces(args, at.chunk);
+    const int row = at.row + i * at.step;
+    const float* from = args.decays + static_cast<int64_t>(row) * (args.chunks + 1);
+    const RowCut cut(args, row);
+    const int later = cut.later(at.chunk);
 #pragma unroll
-    for (int piece = 0; piece < kMaxLater; piece++)
-      left[piece] = piece < later ? __ldcg(from + end_of_later(args, piece, at.chunk)) : 1.f;
+    for (int piece = 0; piece < kMaxLater; piece++) left[piece] = piece < later ? __ldcg(from + cut.end(piece, at.chunk)) : 1.f;
     float rest = 1.f;
 #pragma unroll
     for (int piece = kMaxLater - 1; piece >= 0; piece--) {
@@ -113,8 +113,9 @@ struct StateLoader {
     for (int piece = 0; piece < kMaxLater; piece++) item += left[piece] != 0.f;
   }
   __device__ __forceinline__ void load(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared, int i) {
-    const int64_t row = at.image + static_cast<int64_t>(i) * at.step * args.chunks - at.chunk;
-    const uint8_t* images = static_cast<const uint8_t*>(args.states) + row * L::kImage;
+    const int row = at.row + i * at.step;
+    const RowCut cut(args, row);
+    const uint8_t* images = static_cast<const uint8_t*>(args.states) + static_cast<int64_t>(row) * args.chunks * L::kImage;
     const auto add = [&](int chunk, float carried) {
       const int slot = item % L::kStages;
       mbarrier_wait(shared.state_empty(slot), (item++ / L::kStages & 1) ^ 1);
@@ -123,7 +124,7 @@ struct StateLoader {
     };
 #pragma unroll
     for (int piece = 0; piece < kMaxLater; piece++)
-      if (left[piece] != 0.f) add(args.first + piece * args.rest, left[piece]);
+      if (left[piece] != 0.f) add(cut.start(piece), left[piece]);
     add(at.chunk, 0.f);
   }
 };
@@ -131,14 +132,17 @@ struct StateLoader {
 // The final state of a row that was cut, from the ends of its pieces: a block has a share of that of its heads.
 template <typename L>
 __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const OutputsItem& at, int thread, int threads) {
-  const int valid = valid_chunks(args, at.limit), later = later_pieces(args, valid);
-  if (!args.scan.final_state || later == 0) return;
+  const int valid = valid_chunks(args, at.limit);
+  if (!args.scan.final_state || args.later == 0) return;
   wait_for_previous();
   constexpr int kPairs = L::kHeadDim * L::kState / 2;
   const int begin = kPairs * at.chunk / args.chunks, end = kPairs * (at.chunk + 1) / args.chunks;
 #pragma unroll 1
   for (int i = 0; i < at.heads; i++) {
-    const int64_t row = at.image / args.chunks + static_cast<int64_t>(i) * at.step;
+    const int64_t row = at.row + i * at.step;
+    const RowCut cut(args, row);
+    const int later = cut.later(valid);
+    if (later == 0) continue;
     const float* decays = args.decays + row * (args.chunks + 1);
     const float2* ends = reinterpret_cast<const float2*>(args.ends) + row * args.later * kPairs;
     float2* state = reinterpret_cast<float2*>(args.scan.final_state) + (static_cast<int64_t>(args.batch0) * args.scan.nheads + row) * kPairs;
@@ -148,7 +152,7 @@ __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const Outp
 #pragma unroll
       for (int piece = 0; piece < kMaxLater; piece++)
         if (piece < later) {
-          const float decay = __ldcg(decays + end_of_later(args, piece, valid));
+          const float decay = __ldcg(decays + cut.end(piece, valid));
           const float2 add = __ldcg(ends + piece * kPairs + idx);
           v.x = fmaf(decay, v.x, add.x), v.y = fmaf(decay, v.y, add.y);
         }

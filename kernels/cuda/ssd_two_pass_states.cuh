@@ -56,20 +56,25 @@ struct StatesItem {
 template <typename L>
 __device__ __forceinline__ bool states_item(const TwoPassArgs& args, int index, StatesItem& at) {
   const int rows = args.rows * args.scan.nheads, block = blockIdx.x / L::kSplit;
-  int row = block;
+  int row = block, end = args.first;
   at.piece = 0, at.begin = 0;
-  if (block >= rows) {
+  if (args.run > 0) {
+    row = block * args.run / args.chunks + index;
+    const int before = row * args.chunks, behind = (block + 1) * args.run - before;  // chunks, of the rows and of the run
+    if (row >= rows || behind <= 0) return false;
+    at.begin = max(0, block * args.run - before), at.piece = at.begin > 0 ? 1 : 0, end = min(args.chunks, behind);
+  } else if (block >= rows) {
     const int piece = (block - rows) * args.together + index;
     if (index >= args.together || piece >= rows * args.later) return false;
     row = piece / args.later, at.piece = 1 + piece % args.later;
-    at.begin = args.first + (at.piece - 1) * args.rest;
+    at.begin = args.first + (at.piece - 1) * args.rest, end = at.begin + args.rest;
   } else if (index > 0) {
     return false;
   }
   at.row = row, at.head = row % args.scan.nheads, at.batch = args.batch0 + row / args.scan.nheads;
   at.part = blockIdx.x % L::kSplit;
   at.token0 = (args.chunk0 + at.begin) * kTileRows, at.limit = valid_tokens(args.scan, at.batch);
-  const int valid = valid_chunks(args, at.limit), end = at.begin + (at.piece ? args.rest : args.first);
+  const int valid = valid_chunks(args, at.limit);
   at.chunks = max(0, min(valid, end) - at.begin), at.more = valid > end;
   return true;
 }

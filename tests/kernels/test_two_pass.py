@@ -159,6 +159,9 @@ def test_matches_float64(
         ((6, 400, 2, 2), torch.bfloat16, 2, 1, (2, 2, 3), "slow gate ragged"),
         ((6, 400, 3, 1), torch.float16, 1, 3, (1, 1, 2), "slow ragged"),
         ((1, 400, 8, 1), torch.bfloat16, 2, 4, (1, 2, 1), "extreme"),
+        ((1, 400, 5, 1), torch.bfloat16, 2, 3, (7, 0, 1), "slow gate"),  # equal runs of chunks, over the ends of rows
+        ((6, 400, 3, 1), torch.float16, 1, 3, (5, 0, 1), "slow ragged in place"),
+        ((1, 300, 8, 2), torch.float32, 1, 4, (4, 0, 1), "slow"),
         ((6, 400, 2, 1), torch.float32, 1, 2, (2, 1, 1), "slow gate ragged"),
         ((1, 500, 2, 1), torch.float32, 1, 2, (1, 1, 2), "slow"),
         ((1, 400, 8, 1), torch.float32, 1, 4, (2, 2, 1), "extreme"),

@@ -15,7 +15,7 @@ struct Call {
   const int32_t* seq_lens;
   int32_t batch, seqlen, nheads, ngroups, dt_softplus, d_per_channel;
   int32_t heads_per_block, chunks;  // of a block of the second pass; of one pair of launches
-  int32_t first, rest, together;    // see TwoPassArgs; first: 0 if rows are not cut
+  int32_t first, rest, together;    // see TwoPassArgs; first: 0 if rows are not cut, or the run if rest is 0
 };
 
 template <typename T, int kWgs> void run(const Call& q) {
@@ -35,15 +35,17 @@ template <typename T, int kWgs> void run(const Call& q) {
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
   std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * 128, NAN);
   const int all = ceil_div(q.seqlen, kTwoPassChunk), rows = q.batch * q.nheads;
-  a.rest = q.rest, a.together = q.together, a.later = q.first ? ceil_div(all - q.first, q.rest) : 0;
+  a.rest = q.rest, a.together = q.together, a.later = q.first ? q.rest ? ceil_div(all - q.first, q.rest) : 1 : 0;
+  if (q.rest == 0) a.run = q.first, a.rest = all;
   std::vector<float> decays(static_cast<size_t>(rows) * (all + 1), NAN), ends(static_cast<size_t>(rows) * a.later * 64 * 128, NAN);
   a.decays = decays.data(), a.ends = ends.data();
   a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.group_blocks = ceil_div(q.nheads / q.ngroups, q.heads_per_block);
   for (a.chunk0 = 0; a.chunk0 < all; a.chunk0 += q.chunks) {
     a.chunks = min(q.chunks, all - a.chunk0);
     a.first = q.first ? q.first : a.chunks;
-    const int blocks = States::kSplit * (rows + (a.later ? ceil_div(rows * a.later, a.together) : 0));
-    emu::run(dim3(blocks), States::kThreads, [&] { ssd_states_kernel<States>(a); });
+    if (a.run) a.first = all;
+    const int blocks = a.run ? ceil_div(rows * all, a.run) : rows + (a.later ? ceil_div(rows * a.later, a.together) : 0);
+    emu::run(dim3(States::kSplit * blocks), States::kThreads, [&] { ssd_states_kernel<States>(a); });
     emu::run(dim3(a.chunks * q.batch * q.ngroups * a.group_blocks), Outputs::kThreads, [&] { ssd_outputs_kernel<Outputs>(a); });
   }
 }
