@@ -171,7 +171,8 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int l
       const int rows = part.rows < a.batch - batch ? part.rows : a.batch - batch;
       args.rows = rows, args.batch0 = batch, args.chunk0 = chunk, args.chunks = part.chunks < all - chunk ? part.chunks : all - chunk;
       const int64_t heads = static_cast<int64_t>(rows) * a.nheads;
-      const int64_t blocks = cut.run > 0 ? ceil_div64(heads * args.chunks, cut.run) : heads + ceil_div64(heads * args.later, cut.together);
+      const int64_t blocks =
+          cut.run > 0 ? ceil_div64(heads * args.chunks, cut.run) : heads + ceil_div64(heads * args.later, cut.together);
       const TwoPassPlan::States& states = plan.states[args.later > 0 ? cut.states : more_blocks(plan, heads)];
       args.first = args.later > 0 ? cut.first : args.chunks;
       args.group_blocks = ceil_div(a.nheads / a.ngroups, heads_per_block(a, static_cast<int64_t>(args.chunks) * rows));

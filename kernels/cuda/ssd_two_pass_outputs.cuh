@@ -1,4 +1,5 @@
-// Second pass: y of every chunk of 128 tokens, from the copies of the states.
+// Second pass: y of every chunk of 128 tokens, from the copies of the states. Of a row cut into pieces, C h is made of several
+// copies, and the final state of the pieces' ends.
 //
 // A block has one chunk and some heads of a group, which lie apart: its neighbours read and write the lines between them at
 // the same time. Its two warpgroups of consumers own 64 tokens each; C B^T is made

@@ -85,14 +85,15 @@ struct OutputsItem {
   int row;                 // of heads of this launch, the first
 };
 
-// Fills the ring of states, by one thread, which knows all heads up to its own. A head's state is what its chunk's copy holds and,
-// behind a cut, what is left of the copy at the piece's start, which is again what it holds and what is left of one before.
+// Fills the ring of states, by one thread. Behind a cut a chunk's copy lacks what is left of the state at the piece's start; the
+// copy there, if it is not the first piece's end, lacks what is left of the one before. The earliest comes first: the consumers
+// multiply y by what is left of it before they add the next.
 template <typename L>
 struct StateLoader {
-  int item = 0;             // place in the ring of the next head's first state
-  float left[kMaxLater];    // of the copy at the start of a piece: at its end, or before the chunk; 0: it is not needed
+  int item = 0;           // of the ring, the next
+  float left[kMaxLater];  // of the copy at the start of later piece i: at its end, or before the chunk; 0: it is not needed
 
-  // Reads what is left for head i.
+  // For head i, before `load` or `skip`.
   __device__ __forceinline__ void fetch(const TwoPassArgs& args, const OutputsItem& at, int i) {
     const int row = at.row + i * at.step;
     const float* from = args.decays + static_cast<int64_t>(row) * (args.chunks + 1);
@@ -107,6 +108,7 @@ struct StateLoader {
       if (rest == 0.f || piece >= later) left[piece] = 0.f;
     }
   }
+  // Another thread loads that head.
   __device__ __forceinline__ void skip() {
     item++;
 #pragma unroll
@@ -145,7 +147,7 @@ __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const Outp
     if (later == 0) continue;
     const float* decays = args.decays + row * (args.chunks + 1);
     const float2* ends = reinterpret_cast<const float2*>(args.ends) + row * args.later * kPairs;
-    float2* state = reinterpret_cast<float2*>(args.scan.final_state) + (static_cast<int64_t>(args.batch0) * args.scan.nheads + row) * kPairs;
+    float2* state = reinterpret_cast<float2*>(args.scan.final_state) + (args.batch0 * args.scan.nheads + row) * kPairs;
 #pragma unroll 1
     for (int idx = begin + thread; idx < end; idx += threads) {
       float2 v = __ldcg(state + idx);
@@ -194,7 +196,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
                                 p.x_token, rows, thread);
       if (i == stage) wait_for_previous();
       if (thread == 0) {
-        for (int before = i < L::kStages ? 0 : i - L::kStages + 1; before < i; before++) states.fetch(args, at, before), states.skip();
+        for (int other = max(0, i - L::kStages + 1); other < i; other++) states.fetch(args, at, other), states.skip();
         states.fetch(args, at, i), states.load(args, at, shared, i);
       }
       if (thread < 32) {

@@ -1,8 +1,9 @@
 // First pass: the state before every chunk of 128 tokens.
 //
-// A block has a piece of a row (all of it, if it is not cut), or some of them one after the other, and kWgs warpgroups of consumers, each with 64 rows of d_state: its part of the transposed state,
-// [64 of d_state][headdim], stays in registers as accumulators. Per chunk h = decay h + B^T (x weight): another warpgroup
-// weighs x in its place in shared memory, ahead of the consumers, whose chain from chunk to chunk is the critical one.
+// A block has a row (of a head), a piece of one, or some of them one after the other, and kWgs warpgroups of consumers, each with 64
+// rows of d_state: its part of the transposed state, [64 of d_state][headdim], stays in registers as accumulators. Per chunk
+// h = decay h + B^T (x weight): another warpgroup weighs x in its place in shared memory, ahead of the consumers, whose chain
+// from chunk to chunk is the critical one.
 #pragma once
 
 #include "ssd_two_pass.cuh"
@@ -197,7 +198,7 @@ struct StatesConsumer {
     const bool tells = at.piece > 0 && at.part == 0 && wg == 0 && warp == 0 && (threadIdx.x & 31) == 0;
     float* left = args.decays + at.row * (args.chunks + 1) + at.begin;
     float decay = 1.f;
-    // The copy goes out while the matrix unit is at the next chunk. Before a later piece lies that of the piece before it.
+    // The copy goes out while the matrix unit is at the next chunk. That of a later piece's start is the piece's before it.
     float added[L::kAccumulators][4];
     begin(shared, n, added);
     if (at.piece == 0) publish(shared, image);

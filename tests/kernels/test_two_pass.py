@@ -21,7 +21,7 @@ from kernels import nvrtc
 HERE = Path(__file__).parent
 LIMIT = {torch.float32: 2e-5, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
 POINTERS = "x dt B C z y A D dt_bias initial_state final_state seq_lens"
-SIZES = "batch seqlen nheads ngroups dt_softplus d_per_channel heads_per_block chunks first rest together"
+SIZES = "batch seqlen nheads ngroups d_state dt_softplus d_per_channel heads_per_block chunks first rest together"
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: kernels on the CPU, g++ is missing"),
     pytest.mark.slow,
@@ -81,11 +81,12 @@ def make(batch: int, seqlen: int, nheads: int, ngroups: int, dtype: torch.dtype,
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)
 
+    d_state = 64 if "half the state" in more else 128
     inputs: dict[str, Any] = {
         "x": normal(batch, seqlen, nheads, 64).to(dtype), "dt": normal(batch, seqlen, nheads).to(dtype),
-        "B": normal(batch, seqlen, ngroups, 128).to(dtype), "C": normal(batch, seqlen, ngroups, 128).to(dtype),
+        "B": normal(batch, seqlen, ngroups, d_state).to(dtype), "C": normal(batch, seqlen, ngroups, d_state).to(dtype),
         "A": -(1 + 15 * torch.rand(nheads, generator=generator)), "D": normal(nheads),
-        "dt_bias": normal(nheads) - 4, "initial_state": normal(batch, nheads, 64, 128), "z": None, "seq_lens": None,
+        "dt_bias": normal(nheads) - 4, "initial_state": normal(batch, nheads, 64, d_state), "z": None, "seq_lens": None,
     }  # fmt: skip
     if "gate" in more:
         inputs |= {"z": normal(batch, seqlen, nheads, 64).to(dtype), "D": normal(nheads, 64)}
@@ -162,6 +163,9 @@ def test_matches_float64(
         ((1, 400, 5, 1), torch.bfloat16, 2, 3, (7, 0, 1), "slow gate"),  # equal runs of chunks, over the ends of rows
         ((6, 400, 3, 1), torch.float16, 1, 3, (5, 0, 1), "slow ragged in place"),
         ((1, 300, 8, 2), torch.float32, 1, 4, (4, 0, 1), "slow"),
+        ((1, 400, 7, 1), torch.float32, 1, 7, (1, 1, 2), "slow half the state"),  # two groups of loaders
+        ((1, 400, 8, 1), torch.float32, 1, 8, (1, 2, 1), "extreme half the state"),
+        ((3, 400, 3, 1), torch.bfloat16, 1, 3, (2, 1, 1), "slow ragged half the state"),
         ((6, 400, 2, 1), torch.float32, 1, 2, (2, 1, 1), "slow gate ragged"),
         ((1, 500, 2, 1), torch.float32, 1, 2, (1, 1, 2), "slow"),
         ((1, 400, 8, 1), torch.float32, 1, 4, (2, 2, 1), "extreme"),
@@ -191,6 +195,7 @@ def check(
         inputs["final_state"] = inputs["initial_state"]
     call = Call(*(None if inputs[n] is None else inputs[n].data_ptr() for n in POINTERS.split()))
     call.batch, call.seqlen, call.nheads, call.ngroups = shape
+    call.d_state = inputs["B"].shape[-1]
     call.dt_softplus, call.d_per_channel = int(inputs["dt_bias"] is not None), int(inputs["D"].dim() == 2)
     call.heads_per_block, call.chunks = heads, chunks
     call.first, call.rest, call.together = cut

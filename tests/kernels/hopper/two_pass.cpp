@@ -13,31 +13,31 @@ struct Call {
   const float *A, *D, *dt_bias, *initial_state;
   float* final_state;
   const int32_t* seq_lens;
-  int32_t batch, seqlen, nheads, ngroups, dt_softplus, d_per_channel;
+  int32_t batch, seqlen, nheads, ngroups, d_state, dt_softplus, d_per_channel;
   int32_t heads_per_block, chunks;  // of a block of the second pass; of one pair of launches
   int32_t first, rest, together;    // see TwoPassArgs; first: 0 if rows are not cut, or the run if rest is 0
 };
 
-template <typename T, int kWgs> void run(const Call& q) {
-  using States = StatesLayout<T, 64, 128, kWgs>;
-  using Outputs = OutputsLayout<T, 64, 128>;
-  const int64_t wide = q.nheads * 64, narrow = q.ngroups * 128, tokens = q.seqlen;
+template <typename T, int kState, int kWgs> void run(const Call& q) {
+  using States = StatesLayout<T, 64, kState, kWgs>;
+  using Outputs = OutputsLayout<T, 64, kState>;
+  const int64_t wide = q.nheads * 64, narrow = q.ngroups * kState, tokens = q.seqlen;
   TwoPassArgs a = {};
   ScanArgs& s = a.scan;
   s.x = q.x, s.dt = q.dt, s.B = q.B, s.C = q.C, s.z = q.z, s.y = q.y, s.A = q.A, s.D = q.D, s.dt_bias = q.dt_bias;
   s.initial_state = q.initial_state, s.final_state = q.final_state, s.seq_lens = q.seq_lens;
   s.x_token = s.z_token = s.y_token = wide, s.B_token = s.C_token = narrow, s.dt_token = q.nheads;
   s.x_batch = s.z_batch = s.y_batch = wide * tokens, s.B_batch = s.C_batch = narrow * tokens, s.dt_batch = q.nheads * tokens;
-  s.batch = q.batch, s.seqlen = q.seqlen, s.nheads = q.nheads, s.headdim = 64, s.ngroups = q.ngroups, s.d_state = 128;
+  s.batch = q.batch, s.seqlen = q.seqlen, s.nheads = q.nheads, s.headdim = 64, s.ngroups = q.ngroups, s.d_state = kState;
   s.dt_softplus = q.dt_softplus, s.d_per_channel = q.d_per_channel, s.dt_min = 0.f, s.dt_max = INFINITY;
   a.x = {q.x, static_cast<int>(wide), q.seqlen, q.batch, wide, wide * tokens};
   a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C;
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
-  std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * 128, NAN);
+  std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * kState, NAN);
   const int all = ceil_div(q.seqlen, kTwoPassChunk), rows = q.batch * q.nheads;
   a.rest = q.rest, a.together = q.together, a.later = q.first ? q.rest ? ceil_div(all - q.first, q.rest) : 1 : 0;
   if (q.rest == 0) a.run = q.first, a.rest = all;
-  std::vector<float> decays(static_cast<size_t>(rows) * (all + 1), NAN), ends(static_cast<size_t>(rows) * a.later * 64 * 128, NAN);
+  std::vector<float> decays(static_cast<size_t>(rows) * (all + 1), NAN), ends(static_cast<size_t>(rows) * a.later * 64 * kState, NAN);
   a.decays = decays.data(), a.ends = ends.data();
   a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.group_blocks = ceil_div(q.nheads / q.ngroups, q.heads_per_block);
   for (a.chunk0 = 0; a.chunk0 < all; a.chunk0 += q.chunks) {
@@ -50,8 +50,12 @@ template <typename T, int kWgs> void run(const Call& q) {
   }
 }
 
+template <typename T> void run(const Call& q, int warpgroups) {
+  if (q.d_state == 64) return run<T, 64, 1>(q);
+  return sizeof(T) == 2 && warpgroups == 2 ? run<T, 128, sizeof(T) == 2 ? 2 : 1>(q) : run<T, 128, 1>(q);
+}
+
 extern "C" void two_pass(const Call* call, int dtype, int warpgroups) {
-  if (dtype == MAMBA_F32) return run<float, 1>(*call);
-  if (dtype == MAMBA_F16) return warpgroups == 2 ? run<__half, 2>(*call) : run<__half, 1>(*call);
-  return warpgroups == 2 ? run<__nv_bfloat16, 2>(*call) : run<__nv_bfloat16, 1>(*call);
+  if (dtype == MAMBA_F32) return run<float>(*call, warpgroups);
+  return dtype == MAMBA_F16 ? run<__half>(*call, warpgroups) : run<__nv_bfloat16>(*call, warpgroups);
 }
