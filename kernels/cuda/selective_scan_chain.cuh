@@ -2,9 +2,10 @@
 //
 // A block owns K groups of channels for a whole row. Two, four or eight lanes of a warp share a channel, so that a group is
 // 16, 8 or 4 channels wide; what follows is said of two (selective_scan_chain_pairs.cuh has the tile of the others). A lane
-// has one channel and 8 of its 16 states; a warp takes 16 tokens (a tile) of a group and keeps dt, dt * u, y and the decays of one state in registers. For each state it waits
-// for the value at the end of the tile before, which another warp has, runs the recurrence and hands the value on; only
-// then it adds to y and computes the decays of the next state. The W warps of a group take its tiles in turn.
+// has one channel and 8 of its 16 states; a warp takes 16 tokens (a tile) of a group and keeps dt, dt * u, y and the
+// decays of one state in registers. For each state it waits for the value at the end of the tile before, which another
+// warp has, runs the recurrence and hands the value on; only then it adds to y and computes the decays of the next
+// state. The W warps of a group take its tiles in turn.
 //
 // P more warps only copy: they keep a ring of N slots of four tiles filled and write y, which lies in the place of z.
 #pragma once

@@ -86,36 +86,50 @@ __device__ __forceinline__ void finish_tokens(const PairLane<L>& lane, T* own, c
   for (int i = 0; i < kOwn; i++) out[i * G] = from_float<T>(sum.v[i] * gate[i]);
 }
 
-// `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on.
+// Decays of two states over a tile; dt is read again for every pair, else registers spill.
+template <typename L>
+__device__ __forceinline__ void pair_decays(const PairLane<L>& lane, int s, float (&a0)[L::kTokens], float (&a1)[L::kTokens]) {
+  const float2 A = lane.carry_out[(L::kHands + s / 2) * 32];
+#pragma unroll
+  for (int t = 0; t < L::kTokens; t += 4) {
+    const auto dt = load_vec<float, 4>(lane.steps + t);
+#pragma unroll
+    for (int r = 0; r < 4; r++) a0[t + r] = ex2(dt.v[r] * A.x), a1[t + r] = ex2(dt.v[r] * A.y);
+  }
+}
+
+// What comes into two states: dt u B.
+template <typename L>
+__device__ __forceinline__ void pair_inputs(const PairLane<L>& lane, const float* bc, int s, float (&b0)[L::kTokens],
+                                            float (&b1)[L::kTokens]) {
+#pragma unroll
+  for (int t = 0; t < L::kTokens; t += 4) {
+    const auto du = load_vec<float, 4>(lane.steps + L::kTokens + t);
+    const auto v0 = load_vec<float, 4>(bc + L::row(s) + t / 4 * L::kStep);
+    const auto v1 = load_vec<float, 4>(bc + L::row(s + 1) + t / 4 * L::kStep);
+#pragma unroll
+    for (int r = 0; r < 4; r++) b0[t + r] = du.v[r] * v0.v[r], b1[t + r] = du.v[r] * v1.v[r];
+  }
+}
+
+// `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on. The next pair's decays are
+// made among the dependent steps of the recurrences: that hands the states on later, but with three or more warps to a
+// group nobody waits for them, and the special-function unit does not idle meanwhile.
 template <typename T, typename L>
 __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own, const float* bc, int left, int parity) {
   constexpr int kTokens = L::kTokens;
-  float y[kTokens];
+  float y[kTokens], a0[kTokens], a1[kTokens];  // decays, then states
   make_steps(lane, own, left);
   __syncwarp();
+  pair_decays(lane, 0, a0, a1);
 #pragma unroll
   for (int s = 0; s < L::kStates; s += 2) {
-    float a0[kTokens], a1[kTokens], b0[kTokens], b1[kTokens];  // decays, then states; what comes in
-    const float2 A = lane.carry_out[(L::kHands + s / 2) * 32];
-#pragma unroll
-    for (int t = 0; t < kTokens; t += 4) {
-      const auto du = load_vec<float, 4>(lane.steps + kTokens + t);
-      const auto v0 = load_vec<float, 4>(bc + L::row(s) + t / 4 * L::kStep);
-      const auto v1 = load_vec<float, 4>(bc + L::row(s + 1) + t / 4 * L::kStep);
-#pragma unroll
-      for (int r = 0; r < 4; r++) b0[t + r] = du.v[r] * v0.v[r], b1[t + r] = du.v[r] * v1.v[r];
-    }
-    if (s > 0) __syncwarp();  // fewer registers
-#pragma unroll
-    for (int t = 0; t < kTokens; t += 4) {
-      const auto dt = load_vec<float, 4>(lane.steps + t);
-#pragma unroll
-      for (int r = 0; r < 4; r++) a0[t + r] = ex2(dt.v[r] * A.x), a1[t + r] = ex2(dt.v[r] * A.y);
-    }
-    // From the wait to the arrival nothing but the recurrences: every tile of the row waits for them.
-    __syncwarp();  // the compiler moves nothing over these two
+    float b0[kTokens], b1[kTokens], next0[kTokens], next1[kTokens];
+    pair_inputs(lane, bc, s, b0, b1);
+    __syncwarp();  // the compiler moves nothing of the above behind the wait
     mbarrier_wait(lane.in_ready + s / 2, parity);
     float2 h = lane.carry_in[s / 2 * 32];
+    if (s + 2 < L::kStates) pair_decays(lane, s + 2, next0, next1);
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
       a0[t] = h.x = fmaf(a0[t], h.x, b0[t]);
@@ -133,7 +147,10 @@ __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own
         y[t + r] = fmaf(v1.v[r], a1[t + r], y[t + r]);
       }
     }
-    if (s + 2 < L::kStates) __syncwarp();  // the next pair's decays not before this one's arrival
+    if (s + 2 < L::kStates) {
+#pragma unroll
+      for (int t = 0; t < kTokens; t++) a0[t] = next0[t], a1[t] = next1[t];
+    }
   }
   finish_tokens(lane, own, y);
 }

@@ -10,9 +10,9 @@ struct ChainBlock {
   int lanes() const { return 2 << (kernel - Tactic::kChain); }
 };
 constexpr ChainBlock kChainBlocks[] = {
-    {Tactic::kChain, 1, 14, 2, 4.8, 18.2},  {Tactic::kChain, 2, 7, 2, 4.8, 34.4},  {Tactic::kChain, 3, 5, 1, 4.8, 47.8},
-    {Tactic::kChain4, 2, 7, 2, 4.6, 18.2},  {Tactic::kChain4, 3, 5, 1, 4.6, 27.3}, {Tactic::kChain4, 5, 3, 1, 4.6, 41.8},
-    {Tactic::kChain8, 3, 4, 4, 3.9, 21.4},  {Tactic::kChain, 1, 8, 2, 4.8, 22.5},
+    {Tactic::kChain, 1, 14, 2, 4.8, 18.0},  {Tactic::kChain, 2, 7, 2, 4.8, 34.5},  {Tactic::kChain, 3, 5, 1, 4.8, 47.5},
+    {Tactic::kChain4, 2, 7, 2, 4.6, 17.7},  {Tactic::kChain4, 3, 5, 1, 4.6, 27.0}, {Tactic::kChain4, 5, 3, 1, 4.6, 41.2},
+    {Tactic::kChain8, 3, 4, 4, 3.9, 21.2},  {Tactic::kChain, 1, 8, 2, 4.8, 22.5},
 };
 
 double waves(const Params& p, int width, int pieces) {
