@@ -1,4 +1,4 @@
-"""Whether ssd_scan gives the same bits every time: ``python -m kernels.bench.repeat``, on a GPU, a few seconds.
+"""Whether the scans give the same bits every time: ``python -m kernels.bench.repeat``, on a GPU, a minute or two.
 
 Apart: before every call y, the final state and the workspace are filled with NaN. Together: calls in a row without a
 wait or a fill between them, by turns on two inputs in one workspace, where what the call before left would show.
@@ -13,26 +13,41 @@ from typing import Any
 
 import torch
 
+from .. import selective_scan, ssd_scan
 from ..library import KernelError, load
-from ..ssd_scan import _params, ssd_scan_tactics
-from .ssd_scan import make
+from . import selective_scan as selective_scan_bench
+from . import ssd_scan as ssd_scan_bench
 
-SHAPES = ((1, 80, 8192), (8, 80, 2048), (1, 80, 2048), (1, 24, 2048))
+Shape = tuple[int, int, int]
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "ssd_scan": ((1, 80, 8192), (8, 80, 2048), (1, 80, 2048), (1, 24, 2048)),
+    "selective_scan": ((8, 5120, 2048), (1, 5120, 2048), (1, 1536, 65536), (1, 1536, 512)),
+}
 IN_A_ROW = 8
 
 
-class Call:
-    """One call of ssd_scan on its own outputs, in a workspace that may be shared."""
+def make(op: str, shape: Shape, seed: int) -> dict[str, Any]:
+    if op == "ssd_scan":
+        return ssd_scan_bench.make(*shape, torch.bfloat16, seed)
+    return selective_scan_bench.make(*shape, seed)
 
-    def __init__(self, inputs: dict[str, Any], workspace: torch.Tensor | None, tactic: int) -> None:
-        x, B = inputs["x"], inputs["B"]
+
+class Call:
+    """One call of a scan on its own outputs, in a workspace that may be shared."""
+
+    def __init__(self, op: str, inputs: dict[str, Any], workspace: torch.Tensor | None, tactic: int) -> None:
+        self.op = op
+        x, B = inputs["x" if op == "ssd_scan" else "u"], inputs["B"]
         self.y = torch.empty_like(x)
         self.final = torch.empty(x.shape[0], *x.shape[2:], B.shape[-1], device=x.device)
-        self.params, self.alive = _params(
-            **inputs, z=None, dt_limit=(0.0, float("inf")), initial_state=None, seq_lens=None, y=self.y,
-            final_state=self.final, tactic=tactic,
-        )  # fmt: skip
-        size_of = load().mamba_ssd_scan_workspace
+        outputs: dict[str, Any] = {"seq_lens": None, "y": self.y, "tactic": tactic, "final_state": self.final}
+        if op == "ssd_scan":
+            options: dict[str, Any] = {"z": None, "dt_limit": (0.0, float("inf")), "initial_state": None}
+            self.params, self.alive = ssd_scan._params(**inputs, **options, **outputs)
+        else:
+            options = {"state": None, "delta_softplus": True, "reverse": False}
+            self.params = selective_scan._params(**inputs, **options, **outputs)
+        size_of = getattr(load(), f"mamba_{op}_workspace")
         size_of.restype = ctypes.c_size_t
         size = size_of(ctypes.byref(self.params))
         self.workspace = torch.empty(size, dtype=torch.uint8, device=x.device) if workspace is None else workspace
@@ -46,16 +61,16 @@ class Call:
 
     def run(self) -> None:
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = load().mamba_ssd_scan(ctypes.byref(self.params), stream)
+        status = getattr(load(), f"mamba_{self.op}")(ctypes.byref(self.params), stream)
         if status != 0:
-            raise KernelError(f"ssd_scan: {load().mamba_status_string(status).decode()}")
+            raise KernelError(f"{self.op}: {load().mamba_status_string(status).decode()}")
 
     def bits(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.y.view(torch.int16), self.final.view(torch.int32)
 
 
 def difference(call: Call, first: Sequence[torch.Tensor]) -> str | None:
-    """The first place, [batch, token, head, channel] or [batch, head, channel, state], that is not as it was."""
+    """The first place that is not as it was: [batch, token, ...] of y, [batch, ..., state] of the final state."""
     for name, now, then in zip(("y", "final state"), call.bits(), first, strict=True):
         if not torch.equal(now, then):
             where = (now != then).nonzero()
@@ -63,25 +78,32 @@ def difference(call: Call, first: Sequence[torch.Tensor]) -> str | None:
     return None
 
 
-def tactics_of(shape: tuple[int, int, int]) -> list[int]:
-    """A call's own choice, and the two-pass kernels', in one pair of launches or several, rows cut or whole."""
-    inputs = make(*shape, torch.bfloat16, 0)
-    found = ssd_scan_tactics(*(inputs[name] for name in ("x", "dt", "A", "B", "C")))
-    return found[:1] + [tactic for tactic in found[1:] if tactic % 16 in (7, 8)]
+def tactics_of(op: str, shape: Shape) -> list[int]:
+    """A call's own choice; then the two-pass kernels', rows cut or whole, or one of each kind that hands states on."""
+    inputs = make(op, shape, 0)
+    if op == "ssd_scan":
+        found = ssd_scan.ssd_scan_tactics(*(inputs[name] for name in ("x", "dt", "A", "B", "C")))
+        return found[:1] + [tactic for tactic in found[1:] if tactic % 16 in (7, 8)]
+    found = selective_scan.selective_scan_tactics(*(inputs[name] for name in ("u", "delta", "A", "B", "C", "z")))
+    best_of: dict[tuple[int, bool, bool], int] = {}  # kernel, in pieces, pieces in turn
+    for tactic in found:
+        kernel, pieces = tactic & 15, tactic >> 20 > 1
+        best_of.setdefault((kernel, pieces, pieces and tactic >> 17 & 7 > 0), tactic)
+    return [tactic for (kernel, *_), tactic in best_of.items() if kernel > 0]  # 0 is the generic kernel
 
 
-def repeat(shape: tuple[int, int, int], times: int, tactic: int = -1) -> dict[str, list[str]]:
+def repeat(op: str, shape: Shape, times: int, tactic: int = -1) -> dict[str, list[str]]:
     """Runs the shape `times` times apart and as often together; says of every run that differed where it did first."""
-    inputs = [make(*shape, torch.bfloat16, seed) for seed in (0, 1)]
-    calls = [Call(inputs[0], None, tactic)]
-    calls += [Call(inputs[i % 2], calls[0].workspace, tactic) for i in range(1, IN_A_ROW)]
+    inputs = [make(op, shape, seed) for seed in (0, 1)]
+    calls = [Call(op, inputs[0], None, tactic)]
+    calls += [Call(op, inputs[i % 2], calls[0].workspace, tactic) for i in range(1, IN_A_ROW)]
     expected = []
     for call in calls[:2]:
         call.poison()
         call.run()
         expected.append([bits.clone() for bits in call.bits()])
         if any(not bool(torch.isfinite(t).all()) for t in (call.y, call.final)):
-            raise KernelError(f"ssd_scan: {shape}, tactic {tactic}: not finite")
+            raise KernelError(f"{op}: {shape}, tactic {tactic}: not finite")
     seen: dict[str, list[str]] = {"apart": [], "together": []}
     for _ in range(times):
         calls[0].poison()
@@ -101,14 +123,18 @@ def repeat(shape: tuple[int, int, int], times: int, tactic: int = -1) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ops", nargs="*", default=list(SHAPES))
     parser.add_argument("--times", type=int, default=2000)
-    parser.add_argument("--tactic", type=int, help="default: a call's own choice, and the two-pass kernels'")
+    parser.add_argument("--tactic", type=int, help="default: a call's own choice, and others that hand states on")
     arguments = parser.parse_args()
-    for shape in SHAPES:
-        for tactic in tactics_of(shape) if arguments.tactic is None else [arguments.tactic]:
-            seen = repeat(shape, arguments.times, tactic)
-            text = ", ".join(f"{len(found)} {how}" + (f" ({found[0]})" if found else "") for how, found in seen.items())
-            print(f"{shape} tactic {tactic}: of {arguments.times} runs differ {text}", flush=True)
+    for op in arguments.ops:
+        for shape in SHAPES[op]:
+            for tactic in tactics_of(op, shape) if arguments.tactic is None else [arguments.tactic]:
+                seen = repeat(op, shape, arguments.times, tactic)
+                text = ", ".join(
+                    f"{len(found)} {how}" + (f" ({found[0]})" if found else "") for how, found in seen.items()
+                )
+                print(f"{op} {shape} tactic {tactic}: of {arguments.times} runs differ {text}", flush=True)
 
 
 if __name__ == "__main__":

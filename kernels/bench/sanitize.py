@@ -51,7 +51,9 @@ def cases(op: str) -> Iterator[str]:
                 selective_state_update(u, delta, A, B, C, D, bias, state, z, final_state=state)
                 selective_state_update(u, delta, A, B, C, D, bias, state, z, tactic=0)
             else:
-                for tactic in selective_scan_tactics(u, delta, A, B, C, z)[:24]:
+                # the last two: rows in pieces, which the selector lists for other shapes, in turn and side by side
+                pieces = [1 | 2 << 17 | 3 << 20, 1 | 3 << 20] if d_state == 16 else []
+                for tactic in [*selective_scan_tactics(u, delta, A, B, C, z), *pieces]:
                     selective_scan(u, delta, A, B, C, D, bias, state, z, lens, tactic=tactic)
             yield f"{dim} channels, {d_state} states, {dtype}"
     else:

@@ -13,7 +13,8 @@ from .harness import Context, Row, relative_error, sets_for, time_ms
 
 SHAPES = [
     *((1, 1536, 128), (1, 1536, 512), (1, 1536, 2048), (1, 1536, 2056), (1, 5120, 1000), (1, 5120, 2048)),
-    *((1, 5120, 2056), (1, 5120, 3000), (8, 5120, 2048), (16, 5120, 4096), (1, 1536, 1048576)),
+    *((1, 5120, 2056), (1, 5120, 3000), (1, 3072, 2048), (8, 5120, 2048), (12, 5120, 2048), (16, 5120, 4096)),
+    (1, 1536, 1048576),
 ]
 FLOOR = 209e9  # (channel, token)s per second of the special-function unit at 20 exponential-like operations each
 
