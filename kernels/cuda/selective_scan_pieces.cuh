@@ -39,15 +39,27 @@ template <typename T> struct PieceShared {
   }
 };
 
+// Where the first pass leaves a copy of the initial state, which the last piece of the second may overwrite while others
+// still start: in the place of the last piece's end, which nobody needs.
+template <typename T> __device__ __forceinline__ float* start_of_row(const Args<T>& p, int b, int c) {
+  return p.piece_state + ((int64_t(b) * p.pieces + p.pieces - 1) * p.dim + c) * kState;
+}
+
 template <typename T, bool kVec>
 __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_constant__ Args<T> p) {
   extern __shared__ __align__(16) char memory[];
   auto& shared = *reinterpret_cast<PieceShared<T>*>(memory);
   Part<T> part(p, place_of_block(p));
-  if (part.piece >= part.last) return;  // nothing comes behind the last one
-  part.turn_back();
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, channels = part.channels, row = part.tokens;
   const bool active = thread < channels, use_softplus = p.softplus;
+  if (part.piece == 0 && p.h0 && active) {
+    const float* from = p.h0 + (int64_t(part.b) * p.dim + part.c0 + thread) * kState;
+    float* to = start_of_row(p, part.b, part.c0 + thread);
+#pragma unroll
+    for (int n = 0; n < kState; n += 4) store_vec<float, 4>(to + n, load_vec<float, 4>(from + n));
+  }
+  if (part.piece >= part.last) return;  // nothing comes behind the last one
+  part.turn_back();
   const int64_t out = (int64_t(part.b) * p.pieces + part.piece) * p.dim + part.c0;
 
   // B is a tile ahead of the rest, so that it is float32, with time innermost, when its tile's turn comes. No load of it goes
@@ -224,7 +236,8 @@ __device__ __forceinline__ void state_before(float (&h)[kState], const float (&A
     add(p.piece_state + from * kState);
     behind += p.piece_dt[from];
   }
-  if (j < 0 && p.h0) add(p.h0 + (int64_t(b) * p.dim + c) * kState);
+  const bool whole = p.pieces == 1 || p.turns;
+  if (j < 0 && p.h0) add(whole ? p.h0 + (int64_t(b) * p.dim + c) * kState : start_of_row(p, b, c));
 }
 
 }  // namespace mamba::scan
