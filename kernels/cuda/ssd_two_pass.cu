@@ -171,14 +171,18 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int l
       const int rows = part.rows < a.batch - batch ? part.rows : a.batch - batch;
       args.rows = rows, args.batch0 = batch, args.chunk0 = chunk, args.chunks = part.chunks < all - chunk ? part.chunks : all - chunk;
       const int64_t heads = static_cast<int64_t>(rows) * a.nheads;
-      const int64_t blocks =
-          cut.run > 0 ? ceil_div64(heads * args.chunks, cut.run) : heads + ceil_div64(heads * args.later, cut.together);
-      const TwoPassPlan::States& states = plan.states[args.later > 0 ? cut.states : more_blocks(plan, heads)];
-      args.first = args.later > 0 ? cut.first : args.chunks;
+      const bool is_cut = args.later > 0;
+      const int64_t blocks = !is_cut       ? a.nheads  // for every row of the batch
+                             : cut.run > 0 ? ceil_div64(heads * args.chunks, cut.run)
+                                           : heads + ceil_div64(heads * args.later, cut.together);
+      const TwoPassPlan::States& states = plan.states[is_cut ? cut.states : more_blocks(plan, heads)];
+      const dim3 grid(blocks * states.blocks_per_head, is_cut ? 1 : rows);
+      args.first = cut.first;
       args.group_blocks = ceil_div(a.nheads / a.ngroups, heads_per_block(a, static_cast<int64_t>(args.chunks) * rows));
-      int status = launch(states.kernel, dim3(blocks * states.blocks_per_head), states.threads, states.shared, args, stream);
+      int status = launch(states.kernels[is_cut], grid, states.threads, states.shared, args, stream);
       if (status != MAMBA_OK) return status;
-      status = launch(plan.outputs, dim3(args.chunks * rows * a.ngroups * args.group_blocks), plan.threads, plan.shared, args, stream);
+      status = launch(plan.outputs[is_cut], dim3(args.chunks * rows * a.ngroups * args.group_blocks), plan.threads, plan.shared, args,
+                      stream);
       if (status != MAMBA_OK) return status;
     }
   }

@@ -13,7 +13,7 @@
 namespace mamba {
 namespace ssd {
 
-template <typename L>
+template <typename L, bool kCut>
 struct OutputsConsumer {
   using T = typename L::T;
   using E = typename L::E;
@@ -171,8 +171,10 @@ struct OutputsConsumer {
     const auto end_state = [&] {  // the matrix unit has read it
       wgmma_wait<0>();
       pin(y);
-      __syncwarp();
-      if ((threadIdx.x & 31) == 0) mbarrier_arrive_after(shared.state_empty(item % L::kStages), __float_as_uint(y[0][0]));
+      if constexpr (kCut) {
+        __syncwarp();
+        if ((threadIdx.x & 31) == 0) mbarrier_arrive_after(shared.state_empty(item % L::kStages), __float_as_uint(y[0][0]));
+      }
       item++;
     };
     const auto scale = [&](float by) {
@@ -183,7 +185,7 @@ struct OutputsConsumer {
     const auto from_state = [&] {  // starts y = C h for a head
       add_state(false);
 #pragma unroll 1
-      while (true) {
+      while (kCut) {
         const float carried = shared.carried(item % L::kStages);
         if (__shfl_sync(0xffffffffu, carried == 0.f, 0)) break;
         end_state();
@@ -285,7 +287,7 @@ struct OutputsConsumer {
   }
 };
 
-template <typename L>
+template <typename L, bool kCut>
 __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __grid_constant__ TwoPassArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const OutputsShared<L> shared{memory};
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
       const int col = idx % pieces / kPieces * at.step * L::kHeadDim + idx % kPieces * kWide;
       *reinterpret_cast<uint4*>(y + (at.token0 + idx / pieces) * p.y_token + col) = make_uint4(0, 0, 0, 0);
     }
-    finish_state<L>(args, at, threadIdx.x, L::kThreads);
+    if constexpr (kCut) finish_state<L, L::kThreads>(args, at, threadIdx.x);
     return;
   }
   if (threadIdx.x == 0) {
@@ -328,11 +330,12 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
   __syncthreads();
   if (threadIdx.x < L::kProducers) {
     set_registers<L::kProducerRegisters, false>();
-    outputs_produce<L>(args, at, shared);
-    finish_state<L>(args, at, threadIdx.x, L::kProducers);
+    outputs_produce<L, kCut>(args, at, shared);
+    // The consumers have the last heads before them.
+    if constexpr (kCut) finish_state<L, L::kProducers>(args, at, threadIdx.x);
   } else {
     set_registers<L::kConsumerRegisters, true>();
-    OutputsConsumer<L> me;
+    OutputsConsumer<L, kCut> me;
     const int warp = __shfl_sync(0xffffffffu, (threadIdx.x - L::kProducers) / 32, 0);  // tells that it is uniform
     me.warp = warp % 4;
     if (warp < 4)

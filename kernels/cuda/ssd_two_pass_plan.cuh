@@ -20,8 +20,8 @@ struct TwoPassArgs {
   int32_t group_blocks;     // of the second pass: its blocks for a group and chunk
   // A row (of a head) may be cut into pieces, walked side by side by the first pass: the first starts from the state before
   // the row, those behind it from zero. The second pass adds what the pieces before left.
-  int32_t first, rest;  // chunks of the first piece, of the others; first == chunks: nothing is cut
-  int32_t later;        // pieces of a row behind the first
+  int32_t first, rest;  // chunks of the first piece, of the others
+  int32_t later;        // pieces of a row behind the first; 0: nothing is cut
   int32_t together;     // of these, of neighbouring rows too, that a block of the first pass takes one after the other
   int32_t run;          // not 0: blocks of the first pass take that many chunks (of a row or more) each, across the ends of rows
   float* decays;        // [batch of this launch, nheads, chunks + 1]: from the start of a later piece to that of a chunk
@@ -34,10 +34,10 @@ using TwoPassKernel = void (*)(TwoPassArgs);
 
 struct TwoPassPlan {
   struct States {
-    TwoPassKernel kernel;
+    TwoPassKernel kernels[2];  // for whole rows, for cut ones
     int blocks_per_head, threads, shared;
   } states[2];  // fewest blocks, most blocks
-  TwoPassKernel outputs;
+  TwoPassKernel outputs[2];
   int threads, shared;  // of the second pass
   int image;            // bytes
 };

@@ -8,7 +8,7 @@ namespace {
 
 template <typename L>
 TwoPassPlan::States states_of() {
-  return {ssd_states_kernel<L>, L::kSplit, L::kThreads, L::kShared};
+  return {{ssd_states_kernel<L, false>, ssd_states_kernel<L, true>}, L::kSplit, L::kThreads, L::kShared};
 }
 
 // kFew, kMany: warpgroups a block of the first pass, for fewest blocks and for most.
@@ -16,7 +16,7 @@ template <typename T, int kHeadDim, int kState, int kFew, int kMany>
 TwoPassPlan plan_of() {
   using L = OutputsLayout<T, kHeadDim, kState>;
   return {{states_of<StatesLayout<T, kHeadDim, kState, kFew>>(), states_of<StatesLayout<T, kHeadDim, kState, kMany>>()},
-          ssd_outputs_kernel<L>, L::kThreads, L::kShared, L::kImage};
+          {ssd_outputs_kernel<L, false>, ssd_outputs_kernel<L, true>}, L::kThreads, L::kShared, L::kImage};
 }
 
 template <typename T>

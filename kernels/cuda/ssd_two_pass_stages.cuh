@@ -88,13 +88,14 @@ struct OutputsItem {
 // Fills the ring of states, by one thread. Behind a cut a chunk's copy lacks what is left of the state at the piece's start; the
 // copy there, if it is not the first piece's end, lacks what is left of the one before. The earliest comes first: the consumers
 // multiply y by what is left of it before they add the next.
-template <typename L>
+template <typename L, bool kCut>
 struct StateLoader {
   int item = 0;           // of the ring, the next
   float left[kMaxLater];  // of the copy at the start of later piece i: at its end, or before the chunk; 0: it is not needed
 
   // For head i, before `load` or `skip`.
   __device__ __forceinline__ void fetch(const TwoPassArgs& args, const OutputsItem& at, int i) {
+    if constexpr (!kCut) return;
     const int row = at.row + i * at.step;
     const float* from = args.decays + static_cast<int64_t>(row) * (args.chunks + 1);
     const RowCut cut(args, row);
@@ -116,8 +117,13 @@ struct StateLoader {
   }
   __device__ __forceinline__ void load(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared, int i) {
     const int row = at.row + i * at.step;
-    const RowCut cut(args, row);
     const uint8_t* images = static_cast<const uint8_t*>(args.states) + static_cast<int64_t>(row) * args.chunks * L::kImage;
+    if constexpr (!kCut) {
+      const int slot = i % L::kStages;
+      bulk_load(shared.state(slot), images + static_cast<int64_t>(at.chunk) * L::kImage, L::kImage, shared.state_full(slot));
+      return;
+    }
+    const RowCut cut(args, row);
     const auto add = [&](int chunk, float carried) {
       const int slot = item % L::kStages;
       mbarrier_wait(shared.state_empty(slot), (item++ / L::kStages & 1) ^ 1);
@@ -131,45 +137,61 @@ struct StateLoader {
   }
 };
 
-// The final state of a row that was cut, from the ends of its pieces: a block has a share of that of its heads.
-template <typename L>
-__device__ __forceinline__ void finish_state(const TwoPassArgs& args, const OutputsItem& at, int thread, int threads) {
+// The final state of rows that were cut, from the ends of their pieces: a block has a share of that of its heads, as one range
+// for its threads, each with kBatch times 16 bytes under way.
+template <typename L, int kThreads>
+__device__ __forceinline__ void finish_state(const TwoPassArgs& args, const OutputsItem& at, int thread) {
+  constexpr int kSize = L::kHeadDim * L::kState / 4, kBatch = L::kParts == 2 ? 2 : 4;
   const int valid = valid_chunks(args, at.limit);
-  if (!args.scan.final_state || args.later == 0) return;
+  const int later = args.run > 0 ? 1 : RowCut(args, at.row).later(valid);  // of a row at most
+  if (!args.scan.final_state || later == 0) return;
+  const unsigned begin = kSize * at.chunk / args.chunks, share = kSize * (at.chunk + 1) / args.chunks - begin;
+  const float4* ends = reinterpret_cast<const float4*>(args.ends);
+  float4* states = reinterpret_cast<float4*>(args.scan.final_state) + static_cast<int64_t>(args.batch0) * args.scan.nheads * kSize;
   wait_for_previous();
-  constexpr int kPairs = L::kHeadDim * L::kState / 2;
-  const int begin = kPairs * at.chunk / args.chunks, end = kPairs * (at.chunk + 1) / args.chunks;
 #pragma unroll 1
-  for (int i = 0; i < at.heads; i++) {
-    const int64_t row = at.row + i * at.step;
-    const RowCut cut(args, row);
-    const int later = cut.later(valid);
-    if (later == 0) continue;
-    const float* decays = args.decays + row * (args.chunks + 1);
-    const float2* ends = reinterpret_cast<const float2*>(args.ends) + row * args.later * kPairs;
-    float2* state = reinterpret_cast<float2*>(args.scan.final_state) + (args.batch0 * args.scan.nheads + row) * kPairs;
-#pragma unroll 1
-    for (int idx = begin + thread; idx < end; idx += threads) {
-      float2 v = __ldcg(state + idx);
+  for (unsigned idx0 = thread; idx0 < at.heads * share; idx0 += kBatch * kThreads) {
+    float4 v[kBatch];
+    int row[kBatch], place[kBatch];
+    bool cut[kBatch];
 #pragma unroll
-      for (int piece = 0; piece < kMaxLater; piece++)
-        if (piece < later) {
-          const float decay = __ldcg(decays + cut.end(piece, valid));
-          const float2 add = __ldcg(ends + piece * kPairs + idx);
-          v.x = fmaf(decay, v.x, add.x), v.y = fmaf(decay, v.y, add.y);
-        }
-      state[idx] = v;
+    for (int b = 0; b < kBatch; b++) {
+      const unsigned idx = idx0 + b * kThreads, head = idx / share;
+      row[b] = at.row + head * at.step, place[b] = row[b] * kSize + begin + idx - head * share;
+      cut[b] = head < at.heads && (args.run == 0 || RowCut(args, row[b]).later(valid) > 0);
+      if (cut[b]) v[b] = __ldcg(states + place[b]);
     }
+#pragma unroll 1
+    for (int piece = 0; piece < later; piece++) {
+      const int end = min(args.first + (piece + 1) * args.rest, valid);
+      float4 add[kBatch];
+      float decay[kBatch];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++)
+        if (cut[b]) {
+          decay[b] = __ldcg(args.decays + row[b] * (args.chunks + 1) + end);
+          add[b] = __ldcg(ends + row[b] * (args.later - 1) * kSize + piece * kSize + place[b]);
+        }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++)
+        if (cut[b]) {
+          v[b].x = fmaf(decay[b], v[b].x, add[b].x), v[b].y = fmaf(decay[b], v[b].y, add[b].y);
+          v[b].z = fmaf(decay[b], v[b].z, add[b].z), v[b].w = fmaf(decay[b], v[b].w, add[b].w);
+        }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; b++)
+      if (cut[b]) states[place[b]] = v[b];
   }
 }
 
-template <typename L>
+template <typename L, bool kCut>
 __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared) {
   using T = typename L::T;
   const ScanArgs& p = args.scan;
   const int rows = at.limit - at.token0, warp = threadIdx.x / 32;
   const auto free = [&](int i) { mbarrier_wait(shared.empty(i % L::kStages), (i / L::kStages & 1) ^ 1); };
-  StateLoader<L> states;
+  StateLoader<L, kCut> states;
   if constexpr (L::kParts == 2) {
     const int64_t t = at.token0;
     const int stage = threadIdx.x / L::kLoaders, thread = threadIdx.x % L::kLoaders;
@@ -196,7 +218,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
                                 p.x_token, rows, thread);
       if (i == stage) wait_for_previous();
       if (thread == 0) {
-        for (int other = max(0, i - L::kStages + 1); other < i; other++) states.fetch(args, at, other), states.skip();
+        for (int other = max(0, i - L::kStages + 1); kCut && other < i; other++) states.fetch(args, at, other), states.skip();
         states.fetch(args, at, i), states.load(args, at, shared, i);
       }
       if (thread < 32) {

@@ -53,9 +53,19 @@ struct StatesItem {
   bool more;              // the row goes on behind the piece
 };
 
-// The block's piece number `index`; false behind its last. Blocks of first pieces come first.
+// The block's row.
 template <typename L>
-__device__ __forceinline__ bool states_item(const TwoPassArgs& args, int index, StatesItem& at) {
+__device__ __forceinline__ StatesItem whole_row(const TwoPassArgs& args) {
+  StatesItem at;
+  at.part = blockIdx.x % L::kSplit, at.head = blockIdx.x / L::kSplit, at.batch = args.batch0 + blockIdx.y;
+  at.row = static_cast<int64_t>(at.batch - args.batch0) * args.scan.nheads + at.head, at.piece = at.begin = 0, at.more = false;
+  at.token0 = args.chunk0 * kTileRows, at.limit = valid_tokens(args.scan, at.batch), at.chunks = valid_chunks(args, at.limit);
+  return at;
+}
+
+// Of rows that are cut, the block's piece number `index`; false behind its last. Blocks of first pieces come first.
+template <typename L>
+__device__ __forceinline__ bool piece_of_row(const TwoPassArgs& args, int index, StatesItem& at) {
   const int rows = args.rows * args.scan.nheads, block = blockIdx.x / L::kSplit;
   int row = block, end = args.first;
   at.piece = 0, at.begin = 0;
@@ -80,18 +90,28 @@ __device__ __forceinline__ bool states_item(const TwoPassArgs& args, int index, 
   return true;
 }
 
-// The chunks of all of them: visit(piece, chunk of the piece, chunk of the block).
-template <typename L, typename Visit>
-__device__ __forceinline__ void each_chunk(const TwoPassArgs& args, Visit visit) {
-  StatesItem at;
-  int n = 0;
+// The block's pieces from the first on: visit(piece, chunks of the block before it).
+template <typename L, bool kCut, typename Visit>
+__device__ __forceinline__ void each_piece(const TwoPassArgs& args, StatesItem at, Visit visit) {
+  int i = 0, n = 0;
 #pragma unroll 1
-  for (int i = 0; states_item<L>(args, i, at); i++)
-#pragma unroll 1
-    for (int c = 0; c < at.chunks; c++) visit(at, c, n++);
+  do {
+    visit(at, n);
+    n += at.chunks;
+  } while (kCut && piece_of_row<L>(args, ++i, at));
 }
 
-template <typename L>
+// Every kStep-th of their chunks: visit(piece, chunk of the piece, chunk of the block).
+template <typename L, bool kCut, int kStep, typename Visit>
+__device__ __forceinline__ void each_chunk(const TwoPassArgs& args, const StatesItem& first, int c, Visit visit) {
+  each_piece<L, kCut>(args, first, [&](const StatesItem& at, int n) {
+#pragma unroll 1
+    for (; c < at.chunks; c += kStep) visit(at, c, n + c);
+    c -= at.chunks;
+  });
+}
+
+template <typename L, bool kCut>
 struct StatesConsumer {
   using T = typename L::T;
   using E = typename L::E;
@@ -214,28 +234,24 @@ struct StatesConsumer {
     if (at.more) publish(shared, image + static_cast<int64_t>(at.chunks) * L::kImage);
   }
 
-  __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesShared<L>& shared) {
-    StatesItem at;
+  __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesItem& first, const StatesShared<L>& shared) {
     wait_for_previous();
-    int n = 0;
-#pragma unroll 1
-    for (int i = 0; states_item<L>(args, i, at); i++) {
+    each_piece<L, kCut>(args, first, [&](const StatesItem& at, int n) {
       load(args, at);
       if (at.chunks > 0) walk(args, at, shared, n);
-      n += at.chunks;
       store(args, at);
-    }
+    });
     if ((threadIdx.x & 31) == 0) bulk_wait<0>();
   }
 };
 
 // x times the weights of its tokens, in place.
-template <typename L>
-__device__ __forceinline__ void states_weigh(const TwoPassArgs& args, const StatesShared<L>& shared) {
+template <typename L, bool kCut>
+__device__ __forceinline__ void states_weigh(const TwoPassArgs& args, const StatesItem& item, const StatesShared<L>& shared) {
   using E = typename L::E;
   const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;  // rows 16 apart share a swizzle
   constexpr int kLow = L::kHeadTiles * kTileBytes;
-  each_chunk<L>(args, [&](const StatesItem&, int, int n) {
+  each_chunk<L, kCut, 1>(args, item, 0, [&](const StatesItem&, int, int n) {
     const int stage = n % L::kStages;
     mbarrier_wait(shared.full(stage), n / L::kStages & 1);
     const float* weights = shared.weights(stage) + row;
@@ -284,15 +300,14 @@ __device__ __forceinline__ void make_weights(const ScanArgs& p, const StatesItem
   if (lane == 0) shared.decay(stage) = ex2(first + second);
 }
 
-template <typename L>
-__device__ __forceinline__ void states_produce(const TwoPassArgs& args, const StatesShared<L>& shared) {
+template <typename L, bool kCut>
+__device__ __forceinline__ void states_produce(const TwoPassArgs& args, const StatesItem& item, const StatesShared<L>& shared) {
   using T = typename L::T;
   const ScanArgs& p = args.scan;
   const int warp = threadIdx.x / 32, heads_per_group = p.nheads / p.ngroups;
   const auto free = [&](int n) { mbarrier_wait(shared.empty(n % L::kStages), (n / L::kStages & 1) ^ 1); };
   if (warp >= L::kWeighing) {
-    each_chunk<L>(args, [&](const StatesItem& at, int c, int n) {
-      if (n % (4 - L::kWeighing) != warp - L::kWeighing) return;
+    each_chunk<L, kCut, 4 - L::kWeighing>(args, item, warp - L::kWeighing, [&](const StatesItem& at, int c, int n) {
       const int token0 = at.token0 + c * kTileRows;
       ChunkDecay<T> decay;
       decay.fetch(p, at.batch, at.head, token0, at.limit);
@@ -302,7 +317,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
       if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.full(n % L::kStages));
     });
   } else if constexpr (L::kParts == 2) {
-    each_chunk<L>(args, [&](const StatesItem& at, int c, int n) {
+    each_chunk<L, kCut, 1>(args, item, 0, [&](const StatesItem& at, int c, int n) {
       const int64_t t = at.token0 + c * kTileRows;
       const int rows = at.limit - static_cast<int>(t), stage = n % L::kStages, group = at.head / heads_per_group;
       const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + group * L::kState + at.part * L::kWgs * 64;
@@ -320,7 +335,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
     });
   } else {
     int cleared = 0;
-    each_chunk<L>(args, [&](const StatesItem& at, int c, int n) {
+    each_chunk<L, kCut, 1>(args, item, 0, [&](const StatesItem& at, int c, int n) {
       const int token0 = at.token0 + c * kTileRows, stage = n % L::kStages, rows = at.limit - token0;
       const int group = at.head / heads_per_group;
       const bool clear = rows < kTileRows && at.limit < p.seqlen;
@@ -347,7 +362,8 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
   }
 }
 
-template <typename L>
+// kCut: rows are cut, and blocks stand in one row; if not, in one of [parts and heads, rows of the batch].
+template <typename L, bool kCut>
 __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid_constant__ TwoPassArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const StatesShared<L> shared{memory};
@@ -363,15 +379,20 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid
   // The first launch of a call waits for its inputs here: the second pass, which starts behind this, reads some without waiting.
   if (args.batch0 == 0 && args.chunk0 == 0) wait_for_previous();
   let_next_start();
+  StatesItem at;  // the first
+  if constexpr (kCut)
+    piece_of_row<L>(args, 0, at);
+  else
+    at = whole_row<L>(args);
   if (threadIdx.x < L::kProducers) {
-    states_produce<L>(args, shared);
+    states_produce<L, kCut>(args, at, shared);
   } else if (threadIdx.x < L::kProducers + L::kWeighers) {
-    states_weigh<L>(args, shared);
+    states_weigh<L, kCut>(args, at, shared);
   } else {
-    StatesConsumer<L> me;
+    StatesConsumer<L, kCut> me;
     const int warp = __shfl_sync(0xffffffffu, (threadIdx.x - L::kProducers - L::kWeighers) / 32, 0);  // tells that it is uniform
     me.wg = warp / 4, me.warp = warp % 4;
-    me.run(args, shared);
+    me.run(args, at, shared);
   }
 }
 

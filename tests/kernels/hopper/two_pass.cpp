@@ -42,11 +42,16 @@ template <typename T, int kState, int kWgs> void run(const Call& q) {
   a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.group_blocks = ceil_div(q.nheads / q.ngroups, q.heads_per_block);
   for (a.chunk0 = 0; a.chunk0 < all; a.chunk0 += q.chunks) {
     a.chunks = min(q.chunks, all - a.chunk0);
-    a.first = q.first ? q.first : a.chunks;
-    if (a.run) a.first = all;
-    const int blocks = a.run ? ceil_div(rows * all, a.run) : rows + (a.later ? ceil_div(rows * a.later, a.together) : 0);
-    emu::run(dim3(States::kSplit * blocks), States::kThreads, [&] { ssd_states_kernel<States>(a); });
-    emu::run(dim3(a.chunks * q.batch * q.ngroups * a.group_blocks), Outputs::kThreads, [&] { ssd_outputs_kernel<Outputs>(a); });
+    a.first = a.run ? all : q.first;
+    const int outputs = a.chunks * q.batch * q.ngroups * a.group_blocks;
+    if (a.later) {
+      const int blocks = a.run ? ceil_div(rows * all, a.run) : rows + ceil_div(rows * a.later, a.together);
+      emu::run(dim3(States::kSplit * blocks), States::kThreads, [&] { ssd_states_kernel<States, true>(a); });
+      emu::run(dim3(outputs), Outputs::kThreads, [&] { ssd_outputs_kernel<Outputs, true>(a); });
+    } else {
+      emu::run(dim3(States::kSplit * q.nheads, q.batch), States::kThreads, [&] { ssd_states_kernel<States, false>(a); });
+      emu::run(dim3(outputs), Outputs::kThreads, [&] { ssd_outputs_kernel<Outputs, false>(a); });
+    }
   }
 }
 
