@@ -129,9 +129,10 @@ int two_pass_pieces(const mamba_ssd_scan_params& p, const Choice& c) {
 
 ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c);
 
-// Rows cut into `pieces`: in one pair of launches only.
+// Rows cut into `pieces`: in one pair of launches only. The second pass makes the final state 16 bytes at a time.
 bool cut_rows(const mamba_ssd_scan_params& p, int pieces, Choice* c) {
-  if (pieces < 2 || two_pass_pieces(p, *c) > 1 || !cut_two_pass(arguments(p, *c), c->two_pass, pieces, &c->cut)) return false;
+  if (pieces < 2 || two_pass_pieces(p, *c) > 1 || !aligned(p.final_state, 16)) return false;
+  if (!cut_two_pass(arguments(p, *c), c->two_pass, pieces, &c->cut)) return false;
   c->layout = kTwoPassCut, c->splits = pieces;
   return true;
 }
@@ -140,11 +141,11 @@ bool cut_rows(const mamba_ssd_scan_params& p, int pieces, Choice* c) {
 void choose_cut(const mamba_ssd_scan_params& p, Choice* c) {
   TwoPassCut whole;
   if (two_pass_pieces(p, *c) > 1 || !cut_two_pass(arguments(p, *c), c->two_pass, 1, &whole)) return;
-  double least = whole.clocks;
+  double least = whole.time;
   const Choice uncut = *c;
   for (int pieces = 2; pieces <= kMaxLater + 1; pieces++) {
     Choice candidate = uncut;
-    if (cut_rows(p, pieces, &candidate) && candidate.cut.clocks < least) least = candidate.cut.clocks, *c = candidate;
+    if (cut_rows(p, pieces, &candidate) && candidate.cut.time < least) least = candidate.cut.time, *c = candidate;
   }
 }
 
@@ -229,6 +230,7 @@ int choose(const mamba_ssd_scan_params& p, Choice* out) {
   Key key = {1, 0, p.dtype, p.batch, p.seqlen, p.nheads, p.headdim, p.ngroups, p.d_state, p.tactic, 0};
   cudaGetDevice(&key.device);
   key.covered = (wide_access(p) && p.dt_min >= 0.f ? 1 : 0) + (copyable(p) ? 2 : 0);
+  key.covered += (p.final_state ? 4 : 0) + (aligned(p.final_state, 16) ? 8 : 0);
   for (const Entry& entry : entries) {
     if (memcmp(&entry.key, &key, sizeof(key)) != 0) continue;
     *out = entry.choice;

@@ -51,10 +51,29 @@ int heads_per_block(const ScanArgs& a, int64_t chunks) {
 // Which kernel of the first pass: the one of more blocks where the device runs all of them at once.
 int more_blocks(const TwoPassPlan& plan, int64_t rows) { return rows * plan.states[1].blocks_per_head <= sm_count(); }
 
-// In clocks. Measured on an H200: a chunk of the first pass. Guessed: what a cut adds to the second, 1 KB through the L2 cache
-// and a product C h that is waited for.
+// In clocks, to compare the ways to cut rows into so many pieces. Measured on an H200: a chunk of the first pass. Guessed: what a
+// cut adds to the second, 1 KB through the L2 cache and a product C h that is waited for.
 double chunk_clocks(const TwoPassPlan::States& states) { return states.blocks_per_head > 1 ? 1500 : 1900; }
 constexpr double kCacheClocks = 0.3, kProductClocks = 400;
+
+// In us, to compare numbers of pieces: the first pass and what cutting adds. Fitted to what was measured on an H200, 16 shapes
+// and up to four pieces each. The first pass: as many chunks as follow each other, or the traffic of all.
+struct CutTime {
+  double chunk, all, product;
+  static constexpr double kCut = 1.1, kFinalState = 1.5;
+  CutTime(const ScanArgs& a, const TwoPassPlan& plan, const TwoPassPlan::States& states) {
+    const bool wide = plan.image > 2 * a.headdim * a.d_state;  // float32
+    chunk = wide ? 2.75 : states.blocks_per_head > 1 ? 0.6 : 0.84, product = wide ? 0.7 : 0.22;
+    all = 0.0087 * plan.image / 16384;
+  }
+  double whole(int64_t rows, int chunks, int64_t slots) const {
+    const int64_t waves = rows / slots, rest = rows % slots;
+    return chunks * (waves * fmax(chunk, all * slots) + (rest > 0 ? fmax(chunk, all * rest) : 0));
+  }
+  double cut(const ScanArgs& a, int64_t chunks, double longest, int later, int heads) const {
+    return fmax(chunk * longest, all * chunks) + kCut + (a.final_state ? kFinalState : 0) + product * later * heads;
+  }
+};
 
 // Describes [batch, seqlen, columns] to the copy engine, in tiles of 128 tokens x 64 columns.
 bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const ScanArgs& a, int64_t token, int64_t batch) {
@@ -108,12 +127,12 @@ bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPas
   *cut = TwoPassCut();
   if (pieces == 1) {
     const TwoPassPlan::States& states = plan.states[more_blocks(plan, rows)];
-    cut->clocks = chunk_clocks(states) * chunks * static_cast<double>(ceil_div64(rows * states.blocks_per_head, sms));
+    cut->time = CutTime(a, plan, states).whole(rows, chunks, sms / states.blocks_per_head);
     return true;
   }
   if (later > kMaxLater || pieces > chunks) return false;
   const int heads = heads_per_block(a, static_cast<int64_t>(chunks) * a.batch);
-  cut->clocks = INFINITY;
+  double least = INFINITY, longest = 0;
   for (int kind = 0; kind < 2; kind++) {
     const TwoPassPlan::States& states = plan.states[kind];
     for (int together = 1; together <= chunks; together++) {
@@ -121,15 +140,15 @@ bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPas
       for (int rest = 1; rest * later < chunks; rest++) {
         const int first = chunks - rest * later;
         // Between two pieces a block has no chunk on its way for a while.
-        const double longest = fmax(first, together * (rest + 0.5) - 0.5);
+        const double most = fmax(first, together * (rest + 0.5) - 0.5);
         double copies = 0;
         for (int chunk = first + 1; chunk < chunks; chunk++) copies += ceil_div(chunk - first, rest);
         const double ends = 8.0 * a.headdim * a.d_state * later;
-        const double clocks = chunk_clocks(states) * longest + kProductClocks * later * heads +
+        const double clocks = chunk_clocks(states) * most + kProductClocks * later * heads +
                               kCacheClocks / 1024 * rows * (copies * plan.image + ends);
-        if (clocks >= cut->clocks) continue;
+        if (clocks >= least) continue;
+        least = clocks, longest = most;
         cut->pieces = pieces, cut->first = first, cut->rest = rest, cut->together = together, cut->states = kind;
-        cut->clocks = clocks;
       }
       break;  // more pieces a block only take longer
     }
@@ -137,12 +156,14 @@ bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPas
     if (pieces > 2 || rows * states.blocks_per_head < sms) continue;
     const int64_t run = ceil_div64(rows * chunks, sms / states.blocks_per_head), cuts = ceil_div64(rows * chunks, run) - 1;
     const double each = 0.5 * (chunks - 1) * plan.image + 8.0 * a.headdim * a.d_state;
-    const double clocks = chunk_clocks(states) * (run + 0.5 * ceil_div64(run, chunks)) + kProductClocks * 0.5 * heads +
-                          kCacheClocks / 1024 * cuts * each;
-    if (clocks >= cut->clocks) continue;
+    const double most = run + 0.5 * ceil_div64(run, chunks);
+    const double clocks = chunk_clocks(states) * most + kProductClocks * 0.5 * heads + kCacheClocks / 1024 * cuts * each;
+    if (clocks >= least) continue;
+    least = clocks, longest = most;
     cut->pieces = 2, cut->first = cut->rest = chunks, cut->together = 1, cut->run = static_cast<int>(run);
-    cut->states = kind, cut->clocks = clocks;
+    cut->states = kind;
   }
+  if (cut->pieces > 1) cut->time = CutTime(a, plan, plan.states[cut->states]).cut(a, rows * chunks, longest, later, heads);
   return cut->pieces > 1;
 }
 

@@ -45,14 +45,14 @@ struct TwoPassPlan {
 // How the rows of a launch are cut.
 struct TwoPassCut {
   int pieces = 1, first = 0, rest = 1, together = 1, run = 0;
-  int states = 0;     // which kernel of the first pass
-  double clocks = 0;  // expected, of the first pass and of what cutting adds to the second
+  int states = 0;   // which kernel of the first pass
+  double time = 0;  // expected, in us, of the first pass and of what cutting adds
 };
 
 // Only in builds for Hopper (MAMBA_SM90A). False if there are no such kernels.
 bool plan_two_pass(int dtype, int headdim, int d_state, TwoPassPlan* plan);
 
-// The best way to cut every row of a call into that many pieces (1: the rows as they are, with the clocks of one launch for
+// The best way to cut every row of a call into that many pieces (1: the rows as they are, with the time of one launch for
 // all of them). False if there is none that the device runs at once.
 bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPassCut* cut);
 
