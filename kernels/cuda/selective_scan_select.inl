@@ -38,18 +38,20 @@ double whole_rows_us(const Params& p) {
   return 5 + 1e-3 * p.seqlen * (full * together_ns(4) + together_ns(blocks - 4 * full));
 }
 
-// A hand-over costs 3.6 us. At the end, and where places wait empty, a multiprocessor has fewer blocks than its share.
+// A hand-over costs 3.6 us, or 2.2 where there are more places than rows, so that the next block is there already. At the
+// end, and where places wait, a multiprocessor has fewer blocks than its share.
 double in_turn_us(const Params& p, int places, int pieces) {
   const double blocks = double(channel_rows(p)) / sm_count(), running = std::min<double>(blocks, places);
   const double uneven = 0.4 + 0.9 * (places - running), token_ns = apart_ns(running);
-  return 5 + 1e-3 * p.seqlen * token_ns * (blocks / running + uneven / pieces) + 3.6 * pieces * blocks / running;
+  return 5 + 1e-3 * p.seqlen * token_ns * (blocks / running + uneven / pieces) +
+         (blocks < places ? 2.2 : 3.6) * pieces * blocks / running;
 }
 
 // How many tokens the first pass looks back at depends on the data: about 1,500 in full, a few states further.
 double side_by_side_us(const Params& p, int blocks, int pieces) {
   const double tokens = double(p.seqlen) / pieces;
   const double second = 1e-3 * tokens * (blocks > 4 ? apart_ns(3) / 3 * blocks : together_ns(blocks));
-  return 25 + second * (1.25 + 0.7 * std::min(1.0, 1500 / tokens));
+  return (blocks > 4 ? 95 : 25) + second * (1.25 + 0.7 * std::min(1.0, 1500 / tokens));
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {

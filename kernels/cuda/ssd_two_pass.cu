@@ -56,14 +56,14 @@ int more_blocks(const TwoPassPlan& plan, int64_t rows) { return rows * plan.stat
 double chunk_clocks(const TwoPassPlan::States& states) { return states.blocks_per_head > 1 ? 1500 : 1900; }
 constexpr double kCacheClocks = 0.3, kProductClocks = 400;
 
-// In us, to compare numbers of pieces: the first pass and what cutting adds. Fitted to what was measured on an H200, 16 shapes
+// In us, to compare numbers of pieces: the first pass and what cutting adds. Fitted to what was measured on an H200, 23 shapes
 // and up to four pieces each. The first pass: as many chunks as follow each other, or the traffic of all.
 struct CutTime {
-  double chunk, all, product;
-  static constexpr double kCut = 1.1, kFinalState = 1.5;
+  double chunk, all, product, end;  // end: of a row's final state
   CutTime(const ScanArgs& a, const TwoPassPlan& plan, const TwoPassPlan::States& states) {
     const bool wide = plan.image > 2 * a.headdim * a.d_state;  // float32
-    chunk = wide ? 2.75 : states.blocks_per_head > 1 ? 0.6 : 0.84, product = wide ? 0.7 : 0.22;
+    chunk = wide ? 2.75 : states.blocks_per_head > 1 ? 0.6 : 0.84, product = wide ? 0.7 : 0.2;
+    end = !a.final_state ? 0 : wide ? 0.1 : 0.053;
     all = 0.0087 * plan.image / 16384;
   }
   double whole(int64_t rows, int chunks, int64_t slots) const {
@@ -71,7 +71,8 @@ struct CutTime {
     return chunks * (waves * fmax(chunk, all * slots) + (rest > 0 ? fmax(chunk, all * rest) : 0));
   }
   double cut(const ScanArgs& a, int64_t chunks, double longest, int later, int heads) const {
-    return fmax(chunk * longest, all * chunks) + kCut + (a.final_state ? kFinalState : 0) + product * later * heads;
+    const double ends = end * a.batch * a.nheads * (0.7 + 0.3 * later);
+    return fmax(chunk * longest, all * chunks) + 0.9 + 0.2 * later + product * later * heads + ends;
   }
 };
 
