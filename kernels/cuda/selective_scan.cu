@@ -55,8 +55,6 @@ bool covers_chain(const Params& p, const Tactic& t) {
 
 bool covers(const Params& p, const Tactic& t);
 
-constexpr int kChannelWidth = 128;  // channels of a block of the tactic channel
-
 int channel_rows(const Params& p) { return p.batch * p.ngroups * ceil_div(p.dim / p.ngroups, kChannelWidth); }
 
 #include "selective_scan_select.inl"

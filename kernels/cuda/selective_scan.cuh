@@ -8,7 +8,8 @@
 
 namespace mamba::scan {
 
-constexpr int kState = 16;  // d_state of the fast kernels
+constexpr int kState = 16;          // d_state of the fast kernels
+constexpr int kChannelWidth = 128;  // channels and threads of a block of the tactic channel
 
 struct Strides {
   int64_t batch, token;

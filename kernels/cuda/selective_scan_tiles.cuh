@@ -5,8 +5,8 @@
 
 namespace mamba::scan {
 
-constexpr int kTile = 16;      // tokens
-constexpr int kWidth = 128;    // channels and threads of a block
+constexpr int kTile = 16;  // tokens
+constexpr int kWidth = kChannelWidth;
 constexpr int kAtOnce = 8;     // tokens whose elementwise work a thread does together, so that it waits for no result
 constexpr float kNegligible = -64.0f;  // log2 of a decay behind which a state does not count: float32 has 24 bits
 
