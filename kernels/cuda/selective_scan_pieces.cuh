@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
     const float* from = p.h0 + (int64_t(part.b) * p.dim + part.c0 + thread) * kState;
     float* to = start_of_row(p, part.b, part.c0 + thread);
 #pragma unroll
-    for (int n = 0; n < kState; n += 4) store_vec<float, 4>(to + n, load_vec<float, 4>(from + n));
+    for (int n = 0; n < kState; n++) to[n] = from[n];
   }
   if (part.piece >= part.last) return;  // nothing comes behind the last one
   part.turn_back();

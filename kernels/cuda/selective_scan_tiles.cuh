@@ -5,9 +5,9 @@
 
 namespace mamba::scan {
 
-constexpr int kTile = 16;  // tokens
 constexpr int kWidth = kChannelWidth;
-constexpr int kAtOnce = 8;     // tokens whose elementwise work a thread does together, so that it waits for no result
+constexpr int kTile = 16;   // tokens
+constexpr int kAtOnce = 8;  // tokens whose elementwise work a thread does together, so that it waits for no result
 constexpr float kNegligible = -64.0f;  // log2 of a decay behind which a state does not count: float32 has 24 bits
 
 __device__ __forceinline__ bool still_counts(float A, float dt) { return !(A * dt < kNegligible); }  // A in log2 units
