@@ -23,6 +23,7 @@ CASES = (
     ("selective_scan", (1, 1536, 2048)),
     ("selective_scan", (1, 5120, 2048)),
     ("selective_scan", (8, 5120, 2048)),
+    ("selective_scan", (1, 1536, 1048576)),
     ("ssd_scan", (1, 24, 2048)),
     ("ssd_scan", (1, 80, 2048)),
     ("ssd_scan", (1, 80, 8192)),
