@@ -210,7 +210,7 @@ def test_pieces_of_a_long_row(dtype: Any, scale: float, shift: float) -> None:
             inputs, tactic=tactic
         )  # the long memory is 2e-5 off in whole rows, see test_long_sequences_do_not_drift
         assert error(y, whole.double()) < (5e-5 if dtype == torch.float32 else 4e-4), hex(tactic)
-        assert error(h, final.double()) < 5e-5, hex(tactic)
+        assert error(h, final.double()) < 1e-4, hex(tactic)
     for tactic in (channel(2, 1), channel(40, 2)):
         y, h = run(inputs, tactic=tactic)
         assert torch.equal(y, whole) and torch.equal(h, final), hex(tactic)
