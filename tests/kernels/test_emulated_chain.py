@@ -55,8 +55,9 @@ def with_bodies(source: str, bodies: dict[str, str]) -> str:
 def build(folder: Path, *options: str) -> Path:
     sources = folder / "cuda"
     shutil.copytree(SOURCES, sources)
-    for file in [*(HERE / "emulation").iterdir(), *(HERE / "emulation_chain").iterdir()]:
-        shutil.copy(file, sources)
+    for part in ("emulation", "emulation_scan", "emulation_chain"):
+        for file in (HERE / part).iterdir():
+            shutil.copy(file, sources)
     for name, bodies in BODIES.items():
         (sources / name).write_text(with_bodies((sources / name).read_text(), bodies))
     command = ["g++", "-std=c++20", "-DEMULATION_SHUFFLES=true", *options, "-pthread", "-fno-strict-aliasing"]

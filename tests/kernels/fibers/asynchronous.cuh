@@ -6,6 +6,7 @@ template <int kBytes> void cp_async(void* to, const void* from, bool valid = tru
   if (reinterpret_cast<uintptr_t>(to) % kBytes || (valid && reinterpret_cast<uintptr_t>(from) % kBytes)) {
     std::fprintf(stderr, "cp.async: not aligned\n"), std::abort();
   }
+  std::memset(to, 0xff, kBytes);  // it may be overwritten from now on, and is NaN until the copy lands
   emulation::current->open.push_back({to, from, kBytes});
 }
 inline void cp_async_commit() {
@@ -22,7 +23,7 @@ inline void __syncthreads() { emulation::block_barrier(0, int(emulation::block_s
 
 // mma.m16n8k16: lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of the result.
 template <typename T> void emulated_mma(float (&c)[4], const uint32_t (&words)[6]) {
-  const emulation::Meet& m = emulation::gather(~0u, words, 6);
+  const emulation::Meet& m = emulation::gather(~0u, words, 6, 'm');
   auto value = [&](int lane, int word, int half) {
     const uint16_t bits = uint16_t(m.out[lane][word] >> (16 * half));
     T v;
