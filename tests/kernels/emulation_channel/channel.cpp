@@ -8,10 +8,11 @@ size_t max_shared_bytes() { return 232448; }
 inline uint32_t smem_address(const void*) { std::abort(); }  // the chain's, which does not run here
 }  // namespace mamba
 
-static size_t places;     // blocks that run at once
-static unsigned seed;     // of the order of blocks and warps
+static size_t places;  // blocks that run at once
+static unsigned seed;  // of the order of blocks and warps
 static std::vector<std::vector<emulation::Ended>> launches;
-template <typename... P, typename... A> void launch_emulated(void (*kernel)(P...), dim3 grid, int threads, int bytes, void*, const A&... arguments) {
+template <typename... P, typename... A>
+void launch_emulated(void (*kernel)(P...), dim3 grid, int threads, int bytes, cudaStream_t, const A&... arguments) {
   if (!emulation::run(grid, threads, bytes, seed++, [&] { kernel(arguments...); }, places)) {
     std::printf("WRONG: a launch did not come to its end, or wrote behind its shared memory\n"), std::fflush(stdout), std::_Exit(1);
   }
@@ -93,8 +94,9 @@ template <typename T> bool right(const Rows& r, const Tactic& tactic, Result<T>&
   const Errors<T> e = errors(r, t, recurrence(r, t));
   bool ok = e.small();
   for (size_t i = 0; i < kGuard; i++) ok &= workspace[need + i] != workspace[need + i];
-  std::printf("%s: %d x %d tokens, %d channels, vec %d, %d pieces, %d in turn: y %.1e state %.1e padding %d ends %s\n", ok ? "right" : "WRONG",
-              r.batch, r.tokens, r.dim, a.vec, a.pieces, tactic.in_turn(), e.y, e.state, e.padding, out.ends.c_str());
+  std::printf("%s: %d x %d tokens, %d channels, vec %d, %d pieces, %d in turn: ", ok ? "right" : "WRONG", r.batch, r.tokens, r.dim, a.vec,
+              a.pieces, tactic.in_turn());
+  std::printf("y %.1e state %.1e padding %d ends %s\n", e.y, e.state, e.padding, out.ends.c_str());
   std::fflush(stdout);
   out.y = t.y, out.end = t.end;
   return ok;

@@ -47,7 +47,7 @@ template <typename T> mamba::scan::Args<T> arguments(const Rows& r, Tensors<T>& 
   for (int b = 0; r.ragged && b < r.batch; b++) t.lens[b] = b == 2 ? 0 : int(random() % (r.tokens + 1));
   for (size_t row = 0; row < size_t(r.batch) * r.tokens; row++) {
     const bool padding = int(row % r.tokens) >= t.lens[row / r.tokens];
-    for (int d = padding ? 0 : r.dim; d < r.row(); d++) t.u[row * r.row() + d] = t.delta[row * r.row() + d] = t.z[row * r.row() + d] = poison;
+    for (size_t i = row * r.row() + (padding ? 0 : r.dim); i < (row + 1) * r.row(); i++) t.u[i] = t.delta[i] = t.z[i] = poison;
     const size_t width = padding ? size_t(r.ngroups) * kState : 0;
     for (size_t i = 0; i < width; i++) t.B[row * width + i] = t.C[row * width + i] = poison;
   }
