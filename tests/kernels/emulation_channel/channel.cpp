@@ -160,6 +160,7 @@ bool pieces_side_by_side() {
   bool ok = side_by_side<float>({3, 150, 200, 1, true, false, true, true}, 4, "-w");  // too short to leave a state
   ok &= side_by_side<half>(gap({3, 90, 144, 1, true, true, true, true}, 3), 40, "-w");  // more pieces than tiles
   ok &= side_by_side<half>({1, 400, 6, 1, false, false, true, true}, 3, "Wc");  // so few channels that all are on their own
+  ok &= side_by_side<float>(in_place({3, 600, 130, 1, true, false, true, true}), 12, "-Ww");  // the last may end first
   ok &= side_by_side<float>(fast({1, 3000, 200, 1, false, false, true, true}, 1e-4f, 8), 3, "Wc");
   ok &= side_by_side<bf16>(fast({1, 4500, 144, 2, false, true, true, true}, 1e-4f, 8), 2, "Wc");
   ok &= side_by_side<half>(gap(fast({3, 2000, 130, 1, true, true, false, true}, 1e-4f, 8), 1), 3, "-Wc");
@@ -179,6 +180,7 @@ template <typename T> bool random_shape(std::mt19937& random) {
   else if (below(3)) r = fast(r, below(2) ? 1e-3f : 0.3f, float(1 + below(16)));
   if (!below(3)) r = gap(r, 1 + below(8));
   if (!below(4)) r = bare(r);
+  r.in_place = r.state && !below(3);
   const int turns = 2 + below(15), sides = 2 + below(below(2) ? 3 : 20), blocks = 3 + below(5);
   const bool ok = in_turn<T>(r, turns, blocks);
   return side_by_side<T>(r, sides, "any") && ok;
@@ -195,6 +197,7 @@ bool few() {
   ok &= in_turn<float>(in_place(gap({2, 60, 20, 1, true, true, true, true}, 1)), 2, 3, true);
   ok &= side_by_side<bf16>(fast({1, 700, 128, 1, false, false, true, true}, 1e-3f, 8), 2, "Wc");
   ok &= side_by_side<float>(gap(fast({1, 700, 128, 1, false, true, false, true}, 0.7f, 8), 1), 2, "N");
+  ok &= side_by_side<float>(in_place({1, 64, 20, 1, false, false, true, true}), 4, "w");
   return side_by_side<half>(fast({1, 200, 70, 1, false, false, true, true}, 8, 0), 2, "n") && ok;
 }
 
