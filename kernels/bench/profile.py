@@ -67,7 +67,7 @@ def measure(op: str, shape: tuple[int, ...], folder: Path) -> list[dict[str, str
     report = folder / "report"
     inside = [sys.executable, "-m", "kernels.bench.profile", "--inside", op, *map(str, shape)]
     subprocess.run([*NCU, "-f", "-o", str(report), *inside], check=True, capture_output=True, text=True)
-    raw = ["ncu", "-i", f"{report}.ncu-rep", "--page", "raw", "--csv"]
+    raw = ["ncu", "-i", f"{report}.ncu-rep", "--page", "raw", "--csv", "--print-units", "base"]  # ns at any size
     text = subprocess.run(raw, check=True, capture_output=True, text=True).stdout
     return [row for row in csv.DictReader(io.StringIO(text)) if row.get("ID", "").isdigit()]  # not that of the units
 
@@ -75,7 +75,8 @@ def measure(op: str, shape: tuple[int, ...], folder: Path) -> list[dict[str, str
 def line(case: str, row: dict[str, str]) -> str:
     def value(name: str) -> str:
         try:
-            return f"{float(row[name].replace(',', '')):.1f}"
+            number = float(row[name].replace(",", ""))
+            return f"{number / 1e3 if name == COLUMNS['us'] else number:.1f}"
         except (KeyError, ValueError):
             return "–"
 
