@@ -52,8 +52,8 @@ def cases(op: str) -> Iterator[str]:
                 selective_state_update(u, delta, A, B, C, D, bias, state, z, tactic=0)
             else:
                 # the last two: rows in pieces, which the selector lists for other shapes, in turn and side by side
-                pieces = [1 | 2 << 17 | 3 << 20, 1 | 3 << 20] if d_state == 16 else []
-                for tactic in [*selective_scan_tactics(u, delta, A, B, C, z), *pieces]:
+                in_pieces = [1 | 2 << 17 | 3 << 20, 1 | 3 << 20] if d_state == 16 else []
+                for tactic in [*selective_scan_tactics(u, delta, A, B, C, z), *in_pieces]:
                     selective_scan(u, delta, A, B, C, D, bias, state, z, lens, tactic=tactic)
             yield f"{dim} channels, {d_state} states, {dtype}"
     else:
