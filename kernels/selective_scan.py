@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["selective_scan", "selective_scan_tactics"]
+__all__ = ["channel_tactic", "selective_scan", "selective_scan_tactics"]
 
 PARAMS = params_struct(
     "SelectiveScanParams",
@@ -128,3 +128,12 @@ def selective_scan_tactics(
     """The tactics that cover these inputs, the selector's choice first."""
     params = _params(u, delta, A, B, C, None, None, None, z, None, True, False, u, None, -1)
     return tactics("selective_scan", params)
+
+
+def channel_tactic(pieces: int = 1, places: int = 0) -> int:
+    """The tactic channel (struct Tactic in cuda/selective_scan.cuh) with rows in ``pieces``, for tests and benchmarks.
+
+    The pieces run side by side, or with ``places`` in turn, in so many places of a multiprocessor. It covers any shape
+    with 16 states; the selector lists it for those it is good at.
+    """
+    return 1 | places << 17 | pieces << 20

@@ -57,6 +57,11 @@ bool covers(const Params& p, const Tactic& t);
 
 int channel_rows(const Params& p) { return p.batch * p.ngroups * ceil_div(p.dim / p.ngroups, kChannelWidth); }
 
+// The workspace, where rows are in pieces: this many floats of states; behind them turns, or a sum of dt for every state's channel.
+size_t workspace_states(const Params& p, const Tactic& t) {
+  return kState * (t.in_turn() ? size_t(channel_rows(p)) * kChannelWidth : size_t(p.batch) * t.pieces * p.dim);
+}
+
 #include "selective_scan_select.inl"
 
 template <typename T> Args<T> make_args(const Params& p, const Tactic& tactic) {
@@ -73,10 +78,8 @@ template <typename T> Args<T> make_args(const Params& p, const Tactic& tactic) {
   a.pieces = tactic.pieces;
   a.piece_len = ceil_div(ceil_div(p.seqlen, tactic.pieces), 16) * 16;
   a.piece_state = static_cast<float*>(p.workspace);
-  a.piece_dt = a.piece_state + int64_t(p.batch) * tactic.pieces * p.dim * kState;
-  if (tactic.in_turn()) {
-    a.turns = reinterpret_cast<int*>(a.piece_state + int64_t(channel_rows(p)) * kChannelWidth * kState);
-  }
+  a.piece_dt = a.piece_state + workspace_states(p, tactic);
+  if (tactic.in_turn()) a.turns = reinterpret_cast<int*>(a.piece_dt);
   return a;
 }
 
@@ -103,8 +106,9 @@ bool covers(const Params& p, const Tactic& t) {
 }
 
 size_t workspace_of(const Params& p, const Tactic& t) {
-  if (t.in_turn()) return size_t(channel_rows(p)) * (kChannelWidth * kState * sizeof(float) + sizeof(int)) + sizeof(int);
-  return t.pieces > 1 ? sizeof(float) * size_t(p.batch) * t.pieces * p.dim * (kState + 1) : 0;
+  if (t.pieces == 1) return 0;
+  const size_t states = workspace_states(p, t);
+  return states * sizeof(float) + (t.in_turn() ? (1 + size_t(channel_rows(p))) * sizeof(int) : states / kState * sizeof(float));
 }
 
 }  // namespace

@@ -15,11 +15,6 @@ constexpr ChainBlock kChainBlocks[] = {
     {Tactic::kChain8, 3, 4, 4, 3.9, 21.2},  {Tactic::kChain, 1, 8, 2, 4.8, 22.5},
 };
 
-double waves(const Params& p, int width, int pieces) {
-  const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, width) * pieces;
-  return std::ceil(blocks / sm_count());
-}
-
 // Nanoseconds a token takes blocks of the tactic channel, of which a multiprocessor has `blocks` at once (0 to 4): started
 // together; and started one by one, when they wait for the special-function unit at different times.
 double together_ns(double blocks) {
@@ -55,7 +50,8 @@ double side_by_side_us(const Params& p, int blocks, int pieces) {
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {
-  return b.start_us + 1e-3 * p.seqlen * b.token_ns * waves(p, 32 / b.lanes() * b.groups, 1);
+  const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, 32 / b.lanes() * b.groups);
+  return b.start_us + 1e-3 * p.seqlen * b.token_ns * std::ceil(blocks / sm_count());
 }
 
 // The tactics that cover the shape, fastest first.

@@ -11,7 +11,7 @@ F = torch.nn.functional
 
 from kernels.bench.repeat import repeat, tactics_of  # noqa: E402
 from kernels.library import KernelError  # noqa: E402
-from kernels.selective_scan import selective_scan, selective_scan_tactics  # noqa: E402
+from kernels.selective_scan import channel_tactic, selective_scan, selective_scan_tactics  # noqa: E402
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
@@ -81,11 +81,6 @@ def error(out: Any, expected: Any) -> float:
     return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
-def channel(pieces: int = 1, places: int = 0) -> int:
-    """The tactic channel with rows in pieces: side by side, or in turn in so many places of a multiprocessor."""
-    return 1 | places << 17 | pieces << 20
-
-
 def some_tactics(inputs: dict[str, Any]) -> list[int]:
     """The selector's choice and a spread of the others, every kernel among them."""
     every = selective_scan_tactics(*(inputs[k] for k in ("u", "delta", "A", "B", "C", "z")))
@@ -93,7 +88,11 @@ def some_tactics(inputs: dict[str, Any]) -> list[int]:
     for tactic in every:
         kernels.setdefault((tactic & 15, tactic >> 20 > 1), tactic)
     # Listed only for shapes that fill the device, or for long rows; they serve any.
-    pieces = [channel(3, 1), channel(7, 2), channel(3), channel(9)] if inputs["A"].shape[1] == 16 else []
+    pieces = (
+        [channel_tactic(3, 1), channel_tactic(7, 2), channel_tactic(3), channel_tactic(9)]
+        if inputs["A"].shape[1] == 16
+        else []
+    )
     return [-1, *kernels.values(), *every[:: max(1, len(every) // 4)], *pieces]
 
 
@@ -204,14 +203,14 @@ def test_pieces_of_a_long_row(dtype: Any, scale: float, shift: float) -> None:
     """States are left behind one by one, until a few of a block go on alone; the others last to the piece's start."""
     inputs = make((1, 20000, 200, 16, 1), dtype, seed=5, scale=scale, shift=shift)
     inputs["A"][:, 3] *= 1e-3
-    whole, final = run(inputs, tactic=channel())
-    for tactic in (channel(2), channel(3), channel(40)):
+    whole, final = run(inputs, tactic=channel_tactic())
+    for tactic in (channel_tactic(2), channel_tactic(3), channel_tactic(40)):
         y, h = run(
             inputs, tactic=tactic
         )  # the long memory is 2e-5 off in whole rows, see test_long_sequences_do_not_drift
         assert error(y, whole.double()) < (5e-5 if dtype == torch.float32 else 4e-4), hex(tactic)
         assert error(h, final.double()) < 1e-4, hex(tactic)
-    for tactic in (channel(2, 1), channel(40, 2)):
+    for tactic in (channel_tactic(2, 1), channel_tactic(40, 2)):
         y, h = run(inputs, tactic=tactic)
         assert torch.equal(y, whole) and torch.equal(h, final), hex(tactic)
 
@@ -222,8 +221,8 @@ def test_pieces_without_softplus() -> None:
     inputs["delta"] = 0.5 + 0.02 * inputs["u"]
     inputs["delta"][:, 250:] = -0.05 + 0.02 * inputs["u"][:, 250:]
     inputs["delta_bias"] *= 0.0
-    whole, final = run(inputs, tactic=channel(), delta_softplus=False)
-    for tactic in (channel(2), channel(5), channel(5, 1)):
+    whole, final = run(inputs, tactic=channel_tactic(), delta_softplus=False)
+    for tactic in (channel_tactic(2), channel_tactic(5), channel_tactic(5, 1)):
         y, h = run(inputs, tactic=tactic, delta_softplus=False)
         assert error(y, whole.double()) < 1e-5 and error(h, final.double()) < 1e-5, hex(tactic)
 
