@@ -8,16 +8,17 @@
 // weighs most and carries D, is made elementwise, as a sum of two 16-bit values.
 #pragma once
 
-#include "ssd_two_pass_stages.cuh"
+#include "ssd_two_pass_rows.cuh"
 
 namespace mamba {
 namespace ssd {
 
 template <typename L, bool kCut>
-struct OutputsConsumer {
-  using T = typename L::T;
-  using E = typename L::E;
-  using Rows = Tile<64>;
+struct OutputsConsumer : OutputRows<L> {
+  using Base = OutputRows<L>;
+  using typename Base::E;
+  using typename Base::Rows;
+  using typename Base::T;
   static constexpr int kProducts = L::kParts == 2 ? 3 : 1;  // of a high and a low part each: high high, low high, high low
   int warp;                                                 // within the warpgroup
 
@@ -33,102 +34,6 @@ struct OutputsConsumer {
         split<E>(v[2 * r], v[2 * r + 1], scores[0][r], scores[1][r]);
       else
         scores[0][r] = Traits<E>::pack(v[2 * r], v[2 * r + 1]);
-    }
-  }
-
-  // A fragments of the block on the diagonal: 16 x 16, of which the quarter above the diagonal is zero.
-  __device__ __forceinline__ void decay_diagonal(const float (&products)[2][4], const float* sum, const float* source, float D,
-                                                 uint32_t (&high)[4], uint32_t (&low)[4]) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, c = (lane & 3) * 2;
-    const float sum_lo = sum[g], sum_hi = sum[g + 8];
-    const float2 from0 = *reinterpret_cast<const float2*>(source + c), from8 = *reinterpret_cast<const float2*>(source + c + 8);
-    const float D0 = c == g ? D : 0.f, D1 = c + 1 == g ? D : 0.f;
-    const auto masked = [&](float v, float decay, int col, float skip) { return col > g ? 0.f : fmaf(v, decay, skip); };
-    split<E>(masked(products[0][0], ex2(sum_lo - from0.x), c, D0), masked(products[0][1], ex2(sum_lo - from0.y), c + 1, D1), high[0],
-             low[0]);
-    split<E>(products[0][2] * ex2(sum_hi - from0.x), products[0][3] * ex2(sum_hi - from0.y), high[1], low[1]);
-    high[2] = low[2] = 0;
-    split<E>(masked(products[1][2], ex2(sum_hi - from8.x), c, D0), masked(products[1][3], ex2(sum_hi - from8.y), c + 1, D1), high[3],
-             low[3]);
-  }
-
-  // y += the diagonal block times x: one block a warp, so not worth warpgroup products. Returns what depends on all it read of x.
-  __device__ __forceinline__ static uint32_t add_diagonal(float (&y)[L::kAccumulators][4], const uint32_t (&high)[4],
-                                                          const uint32_t (&low)[4], uint32_t x_rows) {
-    uint32_t used = 0;
-#pragma unroll
-    for (int n = 0; n < L::kAccumulators; n += 2) {
-      const uint32_t at = Rows::along(x_rows, n % 8) + n / 8 * kTileBytes;
-      uint32_t x[4];
-      ldmatrix_x4_trans(x, at);
-      used |= x[0];
-      Traits<E>::mma(y[n], low, x[0], x[1]), Traits<E>::mma(y[n + 1], low, x[2], x[3]);
-      Traits<E>::mma(y[n], high, x[0], x[1]), Traits<E>::mma(y[n + 1], high, x[2], x[3]);
-      if constexpr (L::kParts == 2) {
-        ldmatrix_x4_trans(x, at + L::kHeadTiles * kTileBytes);
-        used |= x[0];
-        Traits<E>::mma(y[n], high, x[0], x[1]), Traits<E>::mma(y[n + 1], high, x[2], x[3]);
-      }
-    }
-    return used;
-  }
-
-  // D of every channel, and the gate: both from global memory, in the accumulators' layout.
-  __device__ __forceinline__ void finish(const ScanArgs& p, float (&y)[L::kAccumulators][4], const T* x, const T* z, const float* D,
-                                         int rows) {
-    const int lane = threadIdx.x & 31, col = (lane & 3) * 2;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int t = half * 8 + (lane >> 2);
-      if (t >= rows) continue;
-#pragma unroll
-      for (int n = 0; n < L::kAccumulators; n++) {
-        float &a = y[n][half * 2], &b = y[n][half * 2 + 1];
-        if (D) {
-          const float2 f = to_float2(*reinterpret_cast<const pair_t<T>*>(x + t * p.x_token + n * 8 + col));
-          a = fmaf(D[n * 8 + col], f.x, a), b = fmaf(D[n * 8 + col + 1], f.y, b);
-        }
-        if (z) {
-          const float2 f = to_float2(*reinterpret_cast<const pair_t<T>*>(z + t * p.z_token + n * 8 + col));
-          a *= silu(f.x), b *= silu(f.y);
-        }
-      }
-    }
-  }
-
-  // This warp's 16 rows of y, packed, in 16-byte stores by way of its own place in shared memory.
-  __device__ __forceinline__ static void store(const uint32_t (&y)[L::kAccumulators][2], T* out, int64_t y_token, int rows,
-                                               uint32_t place) {
-    const int lane = threadIdx.x & 31, row = lane >> 3, piece = lane & 7;
-#pragma unroll
-    for (int tile = 0; tile < L::kHeadTiles; tile++) {
-      __syncwarp();
-#pragma unroll
-      for (int k = 0; k < 8; k += 2)
-        store_matrix_x4(Rows::along(place + Rows::lane_16x16(), k), y[tile * 8 + k][0], y[tile * 8 + k][1], y[tile * 8 + k + 1][0],
-                        y[tile * 8 + k + 1][1]);
-      __syncwarp();
-      T* at = out + row * y_token + tile * 64 + piece * 8;
-#pragma unroll
-      for (int i = 0; i < 4; i++, at += 4 * y_token) {
-        uint4 v;
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(place + Rows::offset(row + 4 * i, piece)));
-        if (row + 4 * i < rows) store_global_16(at, v);
-      }
-    }
-  }
-
-  __device__ __forceinline__ static void store_float(const float (&y)[L::kAccumulators][4], float* out, int64_t y_token, int rows) {
-    const int lane = threadIdx.x & 31;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int t = half * 8 + (lane >> 2);
-      if (t >= rows) continue;
-#pragma unroll
-      for (int n = 0; n < L::kAccumulators; n++)
-        *reinterpret_cast<float2*>(out + t * y_token + n * 8 + (lane & 3) * 2) = make_float2(y[n][half * 2], y[n][half * 2 + 1]);
     }
   }
 
@@ -155,19 +60,6 @@ struct OutputsConsumer {
     wgmma_commit();
     float y[L::kAccumulators][4];
     int item = 0;  // of the ring of states
-    const auto add_state = [&](bool add) {  // starts y = C h, or y += C h
-      const int slot = item % L::kStages;
-      const uint64_t state = descriptor(shared.state(slot), L::kStateTile);
-      mbarrier_wait(shared.state_full(slot), item / L::kStages & 1);
-      wgmma_fence();
-#pragma unroll
-      for (int part = 0; part < kProducts; part++)
-#pragma unroll
-        for (int k = 0; k < kSteps; k++)
-          Wgmma<E>::rows_columns(y, advance(from_C, k / 4 * kTileBytes + k % 4 * 32 + (part == 1 ? kLow : 0)),
-                                 advance(state, k * 2048 + (part == 2 ? L::kHeadTiles * L::kStateTile : 0)), add || part + k > 0);
-      wgmma_commit();
-    };
     const auto end_state = [&] {  // the matrix unit has read it
       wgmma_wait<0>();
       pin(y);
@@ -182,16 +74,27 @@ struct OutputsConsumer {
       for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= by, y[n][1] *= by, y[n][2] *= by, y[n][3] *= by;
       pin(y);
     };
-    const auto from_state = [&] {  // starts y = C h for a head
-      add_state(false);
+    const auto from_state = [&] {  // starts y = C h, a sum of several where the row is cut
+      bool add = false;
 #pragma unroll 1
-      while (kCut) {
-        const float carried = shared.carried(item % L::kStages);
-        if (__shfl_sync(0xffffffffu, carried == 0.f, 0)) break;
-        end_state();
-        scale(carried);
-        add_state(true);
-      }
+      do {
+        const int slot = item % L::kStages;
+        const uint64_t state = descriptor(shared.state(slot), L::kStateTile);
+        mbarrier_wait(shared.state_full(slot), item / L::kStages & 1);
+        wgmma_fence();
+#pragma unroll
+        for (int part = 0; part < kProducts; part++)
+#pragma unroll
+          for (int k = 0; k < kSteps; k++)
+            Wgmma<E>::rows_columns(y, advance(from_C, k / 4 * kTileBytes + k % 4 * 32 + (part == 1 ? kLow : 0)),
+                                   advance(state, k * 2048 + (part == 2 ? L::kHeadTiles * L::kStateTile : 0)), add || part + k > 0);
+        wgmma_commit();
+        if constexpr (kCut) {
+          const float carried = shared.carried(slot);
+          add = __shfl_sync(0xffffffffu, carried != 0.f, 0);
+          if (add) end_state(), scale(carried);
+        }
+      } while (kCut && add);
     };
     wgmma_wait<0>();
 #pragma unroll
@@ -210,10 +113,10 @@ struct OutputsConsumer {
     const int next = at.step * L::kHeadDim;
     const bool extras = p.z || p.d_per_channel;
     uint32_t packed[L::kAccumulators][2];
-    from_state();
     int i = 0;  // a block has a head at least
 #pragma unroll 1
     do {
+      from_state();
       const int stage = i % L::kStages, head = at.head0 + i * at.step;
       const uint32_t x_tile = shared.x(stage);
       const uint64_t from_x = descriptor(x_tile, kTileBytes);
@@ -247,17 +150,17 @@ struct OutputsConsumer {
       wgmma_commit();
 
       if constexpr (L::kParts == 1) {
-        if (i > 0) store(packed, out + (i - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
+        if (i > 0) Base::store(packed, out + (i - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
       }
       uint32_t high[4], low[4];
       const float* sum = table.sum() + kHalf * 64 + warp * 16;
-      decay_diagonal(diagonal, sum, table.source() + kHalf * 64 + warp * 16, table.skip(), high, low);
+      Base::decay_diagonal(diagonal, sum, table.source() + kHalf * 64 + warp * 16, table.skip(), high, low);
       const float from_lo = ex2(sum[g]), from_hi = ex2(sum[g + 8]);
       wgmma_wait<0>();
       pin(y);
 #pragma unroll
       for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= from_lo, y[n][1] *= from_lo, y[n][2] *= from_hi, y[n][3] *= from_hi;
-      uint32_t used = add_diagonal(y, high, low, x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16());
+      uint32_t used = Base::add_diagonal(y, high, low, x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16());
       used |= high[0] | high[1] | high[3] | __float_as_uint(from_lo) | __float_as_uint(from_hi);  // and of the table
       __syncwarp();
       if (lane == 0) mbarrier_arrive_after(shared.empty(stage), used);
@@ -265,7 +168,7 @@ struct OutputsConsumer {
       if (__builtin_expect(extras, 0)) {
         const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + head * L::kHeadDim;
         const T* z = p.z ? static_cast<const T*>(p.z) + at.batch * p.z_batch + t * p.z_token + head * L::kHeadDim : nullptr;
-        finish(p, y, x, z, p.D && p.d_per_channel ? p.D + head * L::kHeadDim : nullptr, valid);
+        Base::finish(p, y, x, z, p.D && p.d_per_channel ? p.D + head * L::kHeadDim : nullptr, valid);
       }
 #pragma unroll
       for (int half = 0; half < 2; half++)
@@ -274,16 +177,15 @@ struct OutputsConsumer {
           for (int n = 0; n < L::kAccumulators; n++) y[n][2 * half] = y[n][2 * half + 1] = 0.f;
         }
       if constexpr (L::kParts == 2) {
-        store_float(y, out + i * next, p.y_token, rows);
+        Base::store_float(y, out + i * next, p.y_token, rows);
       } else {
 #pragma unroll
         for (int n = 0; n < L::kAccumulators; n++)
           packed[n][0] = Traits<E>::pack(y[n][0], y[n][1]), packed[n][1] = Traits<E>::pack(y[n][2], y[n][3]);
       }
-      if (i + 1 < at.heads) from_state();
     } while (++i < at.heads);
     if constexpr (L::kParts == 1)
-      store(packed, out + (at.heads - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
+      Base::store(packed, out + (at.heads - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
   }
 };
 
@@ -291,49 +193,30 @@ template <typename L, bool kCut>
 __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __grid_constant__ TwoPassArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const OutputsShared<L> shared{memory};
-  const ScanArgs& p = args.scan;
-  using T = typename L::T;
-  OutputsItem at;
-  const int heads_per_group = p.nheads / p.ngroups;
-  const int blocks = args.group_blocks;
-  // Early chunks first, of all rows: the first pass makes their states first.
-  const int block = blockIdx.x % (blocks * p.ngroups), row = blockIdx.x / (blocks * p.ngroups) % args.rows;
-  const int first = block % blocks;
-  at.group = block / blocks, at.head0 = at.group * heads_per_group + first, at.step = blocks;
-  at.heads = (heads_per_group - first + blocks - 1) / blocks;
-  at.chunk = blockIdx.x / (blocks * p.ngroups * args.rows);
-  at.batch = args.batch0 + row, at.token0 = (args.chunk0 + at.chunk) * kTileRows;
-  at.end = min(p.seqlen, at.token0 + kTileRows), at.limit = valid_tokens(p, at.batch);
-  at.row = row * p.nheads + at.head0;
+  const OutputsItem at = outputs_item(args);
+  const bool padding = at.limit <= at.token0;  // and nothing else
   let_next_start();
-  if (at.limit <= at.token0) {  // nothing but padding
+  if (padding) {
     wait_for_previous();
-    T* y = static_cast<T*>(p.y) + at.batch * p.y_batch + at.head0 * L::kHeadDim;
-    constexpr int kWide = 16 / sizeof(T), kPieces = L::kHeadDim / kWide;
-    const int pieces = at.heads * kPieces;
-    for (int idx = threadIdx.x; idx < (at.end - at.token0) * pieces; idx += L::kThreads) {
-      const int col = idx % pieces / kPieces * at.step * L::kHeadDim + idx % kPieces * kWide;
-      *reinterpret_cast<uint4*>(y + (at.token0 + idx / pieces) * p.y_token + col) = make_uint4(0, 0, 0, 0);
+    clear_outputs<L>(args.scan, at);
+  } else {
+    if (threadIdx.x == 0) {
+      mbarrier_init(shared.ready(), L::kParts == 2 ? L::kProducers : 1), mbarrier_init(shared.landed(), 1);
+      for (int s = 0; s < L::kStages; s++) {
+        mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kLoaders : 2);  // 2: the tile and the decays
+        mbarrier_init(shared.state_full(s), 1);
+        mbarrier_init(shared.empty(s), L::kConsumers / 32), mbarrier_init(shared.state_empty(s), L::kConsumers / 32);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if constexpr (kCut) finish_state<L, L::kThreads>(args, at, threadIdx.x);
-    return;
+    __syncthreads();
   }
-  if (threadIdx.x == 0) {
-    mbarrier_init(shared.ready(), L::kParts == 2 ? L::kProducers : 1), mbarrier_init(shared.landed(), 1);
-    for (int s = 0; s < L::kStages; s++) {
-      mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kLoaders : 2);  // 2: the tile and the decays
-      mbarrier_init(shared.state_full(s), 1);
-      mbarrier_init(shared.empty(s), L::kConsumers / 32), mbarrier_init(shared.state_empty(s), L::kConsumers / 32);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  __syncthreads();
   if (threadIdx.x < L::kProducers) {
     set_registers<L::kProducerRegisters, false>();
-    outputs_produce<L, kCut>(args, at, shared);
+    if (!padding) outputs_produce<L, kCut>(args, at, shared);
     // The consumers have the last heads before them.
-    if constexpr (kCut) finish_state<L, L::kProducers>(args, at, threadIdx.x);
-  } else {
+    if constexpr (kCut) finish_state<L>(args, at);
+  } else if (!padding) {
     set_registers<L::kConsumerRegisters, true>();
     OutputsConsumer<L, kCut> me;
     const int warp = __shfl_sync(0xffffffffu, (threadIdx.x - L::kProducers) / 32, 0);  // tells that it is uniform

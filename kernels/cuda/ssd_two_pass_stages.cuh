@@ -138,10 +138,10 @@ struct StateLoader {
 };
 
 // The final state of rows that were cut, from the ends of their pieces: a block has a share of that of its heads, as one range
-// for its threads, each with kBatch times 16 bytes under way.
-template <typename L, int kThreads>
-__device__ __forceinline__ void finish_state(const TwoPassArgs& args, const OutputsItem& at, int thread) {
-  constexpr int kSize = L::kHeadDim * L::kState / 4, kBatch = L::kParts == 2 ? 2 : 4;
+// for its producers, each with kBatch times 16 bytes under way.
+template <typename L>
+__device__ __forceinline__ void finish_state(const TwoPassArgs& args, const OutputsItem& at) {
+  constexpr int kSize = L::kHeadDim * L::kState / 4, kBatch = L::kParts == 2 ? 2 : 4, kThreads = L::kProducers;
   const int valid = valid_chunks(args, at.limit);
   const int later = args.run > 0 ? 1 : RowCut(args, at.row).later(valid);  // of a row at most
   if (!args.scan.final_state || later == 0) return;
@@ -150,7 +150,7 @@ __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const Outp
   float4* states = reinterpret_cast<float4*>(args.scan.final_state) + static_cast<int64_t>(args.batch0) * args.scan.nheads * kSize;
   wait_for_previous();
 #pragma unroll 1
-  for (unsigned idx0 = thread; idx0 < at.heads * share; idx0 += kBatch * kThreads) {
+  for (unsigned idx0 = threadIdx.x; idx0 < at.heads * share; idx0 += kBatch * kThreads) {
     float4 v[kBatch];
     int row[kBatch], place[kBatch];
     bool cut[kBatch];
