@@ -104,8 +104,11 @@ bool find_generic(const mamba_ssd_scan_params& p, Choice* out) {
 // The copy engine wants rows and tokens that do not lie on top of each other.
 bool copyable(const mamba_ssd_scan_params& p) {
   if (p.dtype == MAMBA_F32) return true;
-  const bool rows = p.batch == 1 || (p.x_batch_stride > 0 && p.B_batch_stride > 0 && p.C_batch_stride > 0);
-  return rows && (p.seqlen == 1 || (p.x_token_stride > 0 && p.B_token_stride > 0 && p.C_token_stride > 0));
+  const int64_t rows[] = {p.x_batch_stride, p.B_batch_stride, p.C_batch_stride, p.y_batch_stride};
+  const int64_t tokens[] = {p.x_token_stride, p.B_token_stride, p.C_token_stride, p.y_token_stride};
+  for (int i = 0; i < 4; i++)
+    if ((p.batch > 1 && rows[i] <= 0) || (p.seqlen > 1 && tokens[i] <= 0)) return false;
+  return true;
 }
 
 bool find_two_pass(const mamba_ssd_scan_params& p, Choice* out) {

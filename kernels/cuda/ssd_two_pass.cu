@@ -76,8 +76,9 @@ struct CutTime {
   }
 };
 
-// Describes [batch, seqlen, columns] to the copy engine, in tiles of 128 tokens x 64 columns.
-bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const ScanArgs& a, int64_t token, int64_t batch) {
+// Describes [batch, seqlen, columns] to the copy engine, in tiles of `rows` tokens x 64 columns.
+bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const ScanArgs& a, int64_t token, int64_t batch,
+              cuuint32_t rows = kTwoPassChunk) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -91,7 +92,7 @@ bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const Sc
   if (a.batch == 1) batch = token * a.seqlen;
   const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(a.seqlen), static_cast<cuuint64_t>(a.batch)};
   const cuuint64_t stride[] = {2 * static_cast<cuuint64_t>(token), 2 * static_cast<cuuint64_t>(batch)};
-  const cuuint32_t box[] = {64, kTwoPassChunk, 1}, step[] = {1, 1, 1};
+  const cuuint32_t box[] = {64, rows, 1}, step[] = {1, 1, 1};
   const auto type = dtype == MAMBA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode(map, type, 3, const_cast<void*>(at), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
@@ -186,7 +187,8 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int l
   if (dtype != MAMBA_F32 &&
       !(describe(&args.x, dtype, a.x, a.nheads * a.headdim, a, a.x_token, a.x_batch) &&
         describe(&args.B, dtype, a.B, a.ngroups * a.d_state, a, a.B_token, a.B_batch) &&
-        describe(&args.C, dtype, a.C, a.ngroups * a.d_state, a, a.C_token, a.C_batch)))
+        describe(&args.C, dtype, a.C, a.ngroups * a.d_state, a, a.C_token, a.C_batch) &&
+        describe(&args.y, dtype, a.y, a.nheads * a.headdim, a, a.y_token, a.y_batch, 16)))
     return MAMBA_ERROR_CUDA;
   for (int batch = 0; batch < a.batch; batch += part.rows) {
     for (int chunk = 0; chunk < all; chunk += part.chunks) {

@@ -182,6 +182,13 @@ __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap& map
       : "memory");
 }
 
+// A tile out of shared memory, in a bulk group; what lies past the end of the row is not written.
+__device__ __forceinline__ void tensor_store(const CUtensorMap& map, uint32_t src, int col, int token, int batch) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(col), "r"(token),
+               "r"(batch), "r"(src)
+               : "memory");
+}
+
 // Zeros in rows from `rows` on of `tiles` tiles, by one warp: padding may hold anything.
 __device__ __forceinline__ void clear_rows(uint32_t tile, int tiles, int rows) {
   const uint32_t zeros[4] = {0, 0, 0, 0};

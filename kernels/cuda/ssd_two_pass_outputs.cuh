@@ -10,6 +10,8 @@
 
 #include "ssd_two_pass_rows.cuh"
 
+#include <type_traits>
+
 namespace mamba {
 namespace ssd {
 
@@ -22,19 +24,52 @@ struct OutputsConsumer : OutputRows<L> {
   static constexpr int kProducts = L::kParts == 2 ? 3 : 1;  // of a high and a low part each: high high, low high, high low
   int warp;                                                 // within the warpgroup
 
-  // A fragments of 16 columns of scores, for the tokens behind them.
-  __device__ __forceinline__ static void weigh(const float (&left)[4], const float (&right)[4], const float* columns,
-                                               uint32_t (&scores)[L::kParts][4]) {
-    const float2 w0 = *reinterpret_cast<const float2*>(columns), w8 = *reinterpret_cast<const float2*>(columns + 8);
-    const float v[8] = {left[0] * w0.x,  left[1] * w0.y,  left[2] * w0.x,  left[3] * w0.y,
-                        right[0] * w8.x, right[1] * w8.y, right[2] * w8.x, right[3] * w8.y};
+  // C B^T of 64 columns, as a lane has it: 8 tiles of 8 columns, a pair of columns of two rows each.
+  struct Columns {
+    using Value = std::conditional_t<L::kParts == 2, float[8][4], uint32_t[8][2]>;
+    Value at;
+    __device__ __forceinline__ void keep(const float (&products)[8][4]) {
 #pragma unroll
-    for (int r = 0; r < 4; r++) {
-      if constexpr (L::kParts == 2)
-        split<E>(v[2 * r], v[2 * r + 1], scores[0][r], scores[1][r]);
-      else
-        scores[0][r] = Traits<E>::pack(v[2 * r], v[2 * r + 1]);
+      for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int r = 0; r < 4; r++)
+          if constexpr (L::kParts == 2)
+            at[n][r] = products[n][r];
+          else if (r % 2 == 0)
+            at[n][r / 2] = Traits<E>::pack(products[n][r] * ScoreScale<T>::kScores, products[n][r + 1] * ScoreScale<T>::kScores);
     }
+  };
+
+  // A fragments of `kBlocks` times 16 of these columns, for the tokens behind them: `blocks` are before the warp's own.
+  template <int kBlocks>
+  __device__ __forceinline__ static void weigh(const Columns& scores, const DecayTable<T>& table, int half, int warp, int group, int blocks,
+                                               uint32_t (&out)[kBlocks][L::kParts][4]) {
+    const int lane = threadIdx.x & 3;
+#pragma unroll
+    for (int j = 0; j < kBlocks; j++) {
+      if constexpr (L::kParts == 2) {
+        const float* columns = table.columns(half, warp) + group * 64 + j * 16 + lane * 2;
+        const float2 w[2] = {*reinterpret_cast<const float2*>(columns), *reinterpret_cast<const float2*>(columns + 8)};
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+          const float* v = scores.at[2 * j + r / 2] + r % 2 * 2;
+          split<E>(v[0] * w[r / 2].x, v[1] * w[r / 2].y, out[j][0][r], out[j][1][r]);
+        }
+      } else if (j % 2 == 0) {
+        uint32_t w[4];
+        load_shared_16(smem_address(table.pairs(half, warp) + group * 8 + j / 2 * 4 + lane), w);
+#pragma unroll
+        for (int k = 0; k < 2 && j + k < kBlocks; k++)
+#pragma unroll
+          for (int r = 0; r < 4; r++) out[j + k][0][r] = Traits<E>::multiply(scores.at[2 * (j + k) + r / 2][r % 2], w[2 * k + r / 2]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBlocks; j++)
+#pragma unroll
+      for (int part = 0; part < L::kParts; part++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) out[j][part][r] = j < blocks ? out[j][part][r] : 0;
   }
 
   // Tokens 64 kHalf and the 63 after it.
@@ -42,23 +77,35 @@ struct OutputsConsumer : OutputRows<L> {
   __device__ __forceinline__ void run(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared) {
     const ScanArgs& p = args.scan;
     constexpr int kHalfRows = 64 * Rows::kRowBytes, kSteps = L::kState / 16, kLow = L::kStateTiles * kTileBytes;
-    constexpr int kBlocks = 4 * kHalf + 3;  // of 16 columns left of some diagonal block
     const uint64_t from_C = descriptor(shared.C() + kHalf * kHalfRows), from_B = descriptor(shared.B());
-    float products[kHalf + 1][8][4];
-    mbarrier_wait(shared.ready(), 0);
-    wgmma_fence();
-#pragma unroll
-    for (int part = 0; part < kProducts; part++)
-#pragma unroll
-      for (int k = 0; k < kSteps; k++) {
-        const uint32_t skip = k / 4 * kTileBytes + k % 4 * 32;
-#pragma unroll
-        for (int j = 0; j <= kHalf; j++)
-          Wgmma<E>::rows_rows(products[j], advance(from_C, skip + (part == 1 ? kLow : 0)),
-                              advance(from_B, j * kHalfRows + skip + (part == 2 ? kLow : 0)), part + k > 0);
-      }
-    wgmma_commit();
     float y[L::kAccumulators][4];
+    Columns scores[kHalf + 1];
+    float diagonal[2][4];
+    {
+      float products[kHalf + 1][8][4];
+      mbarrier_wait(shared.ready(), 0);
+      wgmma_fence();
+#pragma unroll
+      for (int part = 0; part < kProducts; part++)
+#pragma unroll
+        for (int k = 0; k < kSteps; k++) {
+          const uint32_t skip = k / 4 * kTileBytes + k % 4 * 32;
+#pragma unroll
+          for (int j = 0; j <= kHalf; j++)
+            Wgmma<E>::rows_rows(products[j], advance(from_C, skip + (part == 1 ? kLow : 0)),
+                                advance(from_B, j * kHalfRows + skip + (part == 2 ? kLow : 0)), part + k > 0);
+        }
+      wgmma_commit();
+      wgmma_wait<0>();
+#pragma unroll
+      for (int j = 0; j <= kHalf; j++) pin(products[j]), scores[j].keep(products[j]);
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int r = 0; r < 8; r++)
+          if (j == 0 || warp == j) diagonal[r / 4][r % 4] = products[kHalf][2 * j + r / 4][r % 4];
+    }
+    const uint32_t zero = args.rows >> 31;
     int item = 0;  // of the ring of states
     const auto end_state = [&] {  // the matrix unit has read it
       wgmma_wait<0>();
@@ -96,21 +143,10 @@ struct OutputsConsumer : OutputRows<L> {
         }
       } while (kCut && add);
     };
-    wgmma_wait<0>();
-#pragma unroll
-    for (int j = 0; j <= kHalf; j++) pin(products[j]);
-    float diagonal[2][4];
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-#pragma unroll
-      for (int r = 0; r < 8; r++)
-        if (j == 0 || warp == j) diagonal[r / 4][r % 4] = products[kHalf][2 * j + r / 4][r % 4];
 
-    const int lane = threadIdx.x & 31, g = lane >> 2, c = (lane & 3) * 2;
-    const int64_t t = at.token0 + 64 * kHalf + warp * 16;
-    const int rows = at.end - static_cast<int>(t), valid = min(at.limit, at.end) - static_cast<int>(t);
-    T* out = static_cast<T*>(p.y) + at.batch * p.y_batch + t * p.y_token + at.head0 * L::kHeadDim;
-    const int next = at.step * L::kHeadDim;
+    const int lane = threadIdx.x & 31, g = lane >> 2;
+    const int token = at.token0 + 64 * kHalf + warp * 16;  // the warp's first
+    const int rows = at.end - token, valid = min(at.limit, at.end) - token;
     const bool extras = p.z || p.d_per_channel;
     uint32_t packed[L::kAccumulators][2];
     int i = 0;  // a block has a head at least
@@ -120,54 +156,68 @@ struct OutputsConsumer : OutputRows<L> {
       const int stage = i % L::kStages, head = at.head0 + i * at.step;
       const uint32_t x_tile = shared.x(stage);
       const uint64_t from_x = descriptor(x_tile, kTileBytes);
-      const DecayTable table = shared.table(stage);
+      const DecayTable<T> table = shared.table(stage);
       mbarrier_wait(shared.x_full(stage), i / L::kStages & 1);
-      uint32_t scores[kBlocks][L::kParts][4];
-      const float* columns = table.columns(kHalf, warp) + c;
-#pragma unroll
-      for (int j = 0; j < kBlocks; j++) {
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-#pragma unroll
-          for (int part = 0; part < L::kParts; part++) scores[j][part][r] = 0;
-        }
-        if (j < 4 * kHalf + warp) weigh(products[j / 4][j % 4 * 2], products[j / 4][j % 4 * 2 + 1], columns + j * 16, scores[j]);
-      }
+      // What needs no product with the state comes while the matrix unit is at it.
+      uint32_t before_64[4][L::kParts][4], within_64[3][L::kParts][4];
+      if constexpr (kHalf > 0) weigh<4>(scores[0], table, kHalf, warp, 0, 4, before_64);
+      weigh<3>(scores[kHalf], table, kHalf, warp, kHalf, warp, within_64);
       const float before = table.before(4 * kHalf + warp);
-      end_state();
-      scale(before);
-#pragma unroll
-      for (int j = 0; j < kBlocks; j++) pin(scores[j]);
-      wgmma_fence();
-#pragma unroll
-      for (int j = 0; j < kBlocks; j++) {
-        Wgmma<E>::regs_columns(y, scores[j][0], advance(from_x, j * 2048));
-        if constexpr (L::kParts == 2) {
-          Wgmma<E>::regs_columns(y, scores[j][1], advance(from_x, j * 2048));
-          Wgmma<E>::regs_columns(y, scores[j][0], advance(from_x, j * 2048 + L::kHeadTiles * kTileBytes));
-        }
-      }
-      wgmma_commit();
-
-      if constexpr (L::kParts == 1) {
-        if (i > 0) Base::store(packed, out + (i - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
-      }
       uint32_t high[4], low[4];
       const float* sum = table.sum() + kHalf * 64 + warp * 16;
       Base::decay_diagonal(diagonal, sum, table.source() + kHalf * 64 + warp * 16, table.skip(), high, low);
       const float from_lo = ex2(sum[g]), from_hi = ex2(sum[g + 8]);
+      const uint32_t x_rows = x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16();
+      float near[L::kAccumulators][4];  // the diagonal block times x; float32 has no registers for it
+      uint32_t used = high[0] | high[1] | high[3] | __float_as_uint(from_lo) | __float_as_uint(from_hi);
+      if constexpr (L::kParts == 1) {
+#pragma unroll
+        for (int n = 0; n < L::kAccumulators; n++) near[n][0] = near[n][1] = near[n][2] = near[n][3] = 0.f;
+        used |= Base::add_diagonal(near, high, low, x_rows);
+        pin(near);
+      }
+      end_state();
+      // ptxas would put much of the above among the products below: what they start from depends on it, by a 0 it does not know.
+      uint32_t late = 0;
+      if constexpr (L::kParts == 1) {
+#pragma unroll
+        for (int n = 0; n < L::kAccumulators; n++) late |= __float_as_uint(near[n][0]);
+      }
+      scale(__uint_as_float(__float_as_uint(before) | (late & zero)));
+#pragma unroll
+      for (int j = 0; j < 4 * kHalf; j++) pin(before_64[j]);
+#pragma unroll
+      for (int j = 0; j < 3; j++) pin(within_64[j]);
+      wgmma_fence();
+      const auto add_scores = [&](uint32_t(&fragments)[L::kParts][4], int block) {
+        Wgmma<E>::regs_columns(y, fragments[0], advance(from_x, block * 2048));
+        if constexpr (L::kParts == 2) {
+          Wgmma<E>::regs_columns(y, fragments[1], advance(from_x, block * 2048));
+          Wgmma<E>::regs_columns(y, fragments[0], advance(from_x, block * 2048 + L::kHeadTiles * kTileBytes));
+        }
+      };
+#pragma unroll
+      for (int j = 0; j < 4 * kHalf; j++) add_scores(before_64[j], j);
+#pragma unroll
+      for (int j = 0; j < 3; j++) add_scores(within_64[j], 4 * kHalf + j);
+      wgmma_commit();
+
+      if constexpr (L::kParts == 1) {
+        if (i > 0) Base::store(packed, args.y, (head - at.step) * L::kHeadDim, token, at.batch, shared.out(kHalf * 4 + warp));
+      }
       wgmma_wait<0>();
       pin(y);
 #pragma unroll
-      for (int n = 0; n < L::kAccumulators; n++) y[n][0] *= from_lo, y[n][1] *= from_lo, y[n][2] *= from_hi, y[n][3] *= from_hi;
-      uint32_t used = Base::add_diagonal(y, high, low, x_tile + kHalf * kHalfRows + warp * 16 * Rows::kRowBytes + Rows::lane_16x16());
-      used |= high[0] | high[1] | high[3] | __float_as_uint(from_lo) | __float_as_uint(from_hi);  // and of the table
+      for (int n = 0; n < L::kAccumulators; n++)
+#pragma unroll
+        for (int r = 0; r < 4; r++) y[n][r] = L::kParts == 1 ? fmaf(y[n][r], r < 2 ? from_lo : from_hi, near[n][r]) : y[n][r] * (r < 2 ? from_lo : from_hi);
+      if constexpr (L::kParts == 2) used |= Base::add_diagonal(y, high, low, x_rows);
       __syncwarp();
       if (lane == 0) mbarrier_arrive_after(shared.empty(stage), used);
 
       if (__builtin_expect(extras, 0)) {
-        const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + head * L::kHeadDim;
-        const T* z = p.z ? static_cast<const T*>(p.z) + at.batch * p.z_batch + t * p.z_token + head * L::kHeadDim : nullptr;
+        const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + token * p.x_token + head * L::kHeadDim;
+        const T* z = p.z ? static_cast<const T*>(p.z) + at.batch * p.z_batch + token * p.z_token + head * L::kHeadDim : nullptr;
         Base::finish(p, y, x, z, p.D && p.d_per_channel ? p.D + head * L::kHeadDim : nullptr, valid);
       }
 #pragma unroll
@@ -177,15 +227,18 @@ struct OutputsConsumer : OutputRows<L> {
           for (int n = 0; n < L::kAccumulators; n++) y[n][2 * half] = y[n][2 * half + 1] = 0.f;
         }
       if constexpr (L::kParts == 2) {
-        Base::store_float(y, out + i * next, p.y_token, rows);
+        T* out = static_cast<T*>(p.y) + at.batch * p.y_batch + token * p.y_token + head * L::kHeadDim;
+        Base::store_float(y, out, p.y_token, rows);
       } else {
 #pragma unroll
         for (int n = 0; n < L::kAccumulators; n++)
           packed[n][0] = Traits<E>::pack(y[n][0], y[n][1]), packed[n][1] = Traits<E>::pack(y[n][2], y[n][3]);
       }
     } while (++i < at.heads);
-    if constexpr (L::kParts == 1)
-      Base::store(packed, out + (at.heads - 1) * next, p.y_token, rows, shared.out(kHalf * 4 + warp));
+    if constexpr (L::kParts == 1) {
+      Base::store(packed, args.y, (at.head0 + (at.heads - 1) * at.step) * L::kHeadDim, token, at.batch, shared.out(kHalf * 4 + warp));
+      if (lane == 0) bulk_wait_read();
+    }
   }
 };
 

@@ -11,7 +11,7 @@ namespace ssd {
 constexpr int kTwoPassChunk = 128;  // tokens
 
 struct TwoPassArgs {
-  CUtensorMap x, B, C;  // in 128 x 64 tiles of [columns, tokens, batch]; unused for float32
+  CUtensorMap x, B, C, y;  // [columns, tokens, batch] in tiles of 128 x 64, y of 16 x 64; unused for float32
   ScanArgs scan;
   void* states;  // [batch of this launch, nheads, chunks of this launch]: images of the state, see TwoPass::kImage
   float* carry;  // [batch of this launch, nheads, headdim, d_state]: states between launches

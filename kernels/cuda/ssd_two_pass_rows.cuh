@@ -81,27 +81,22 @@ struct OutputRows {
     }
   }
 
-  // This warp's 16 rows of y, packed, in 16-byte stores by way of its own place in shared memory.
-  __device__ __forceinline__ static void store(const uint32_t (&y)[L::kAccumulators][2], T* out, int64_t y_token, int rows,
-                                               uint32_t place) {
-    const int lane = threadIdx.x & 31, row = lane >> 3, piece = lane & 7;
+  // This warp's 16 rows of y, packed, by the copy engine from the warp's own place in shared memory, which a lane waits for first.
+  // Rows past the end of the sequence are not written.
+  __device__ __forceinline__ static void store(const uint32_t (&y)[L::kAccumulators][2], const CUtensorMap& map, int col, int token,
+                                               int batch, uint32_t place) {
+    const bool leader = (threadIdx.x & 31) == 0;
 #pragma unroll
     for (int tile = 0; tile < L::kHeadTiles; tile++) {
+      if (leader) bulk_wait_read();
       __syncwarp();
 #pragma unroll
       for (int k = 0; k < 8; k += 2)
         store_matrix_x4(Rows::along(place + Rows::lane_16x16(), k), y[tile * 8 + k][0], y[tile * 8 + k][1], y[tile * 8 + k + 1][0],
                         y[tile * 8 + k + 1][1]);
+      fence_async_proxy();
       __syncwarp();
-      T* at = out + row * y_token + tile * 64 + piece * 8;
-#pragma unroll
-      for (int i = 0; i < 4; i++, at += 4 * y_token) {
-        uint4 v;
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                     : "r"(place + Rows::offset(row + 4 * i, piece)));
-        if (row + 4 * i < rows) store_global_16(at, v);
-      }
+      if (leader) tensor_store(map, place, col + tile * 64, token, batch), bulk_commit();
     }
   }
 

@@ -15,7 +15,7 @@ struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_> {
   static constexpr int kStage = kInput + Base::kImage;
   static constexpr int kStates = Base::kParts * Base::kStateTiles * kTileBytes;  // C or B
   static constexpr int kOut = sizeof(T_) == 2 ? kTileBytes : 0;  // where y of 64 columns is put in order
-  static constexpr int kTable = (128 + 128 + 4 * 64 + 4 * 128 + 8 + 4) * 4;  // bytes of a DecayTable
+  static constexpr int kTable = (2 * 128 + 8 + 4) * 4 + 4 * (64 + 128) * (Base::kParts == 2 ? 4 : 2);  // bytes of a DecayTable
   static constexpr int kFixed = 2 * kStates + kOut + 192;
   static constexpr int kStages = kFixed + 4 * (kStage + kTable) <= 232448   ? 4
                                  : kFixed + 2 * (kStage + kTable) <= 232448 ? 2
@@ -27,18 +27,44 @@ struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_> {
   static_assert(kShared <= 232448, "does not fit");
 };
 
+// float16 has few exponents: C B^T is kept divided by 64, and the decays of its columns, times dt, multiplied by it.
+template <typename T>
+struct ScoreScale {
+  static constexpr float kScores = 1.f, kColumns = 1.f;
+};
+template <>
+struct ScoreScale<__half> {
+  static constexpr float kScores = 1 / 64.f, kColumns = 64.f;
+};
+
 // The decays of one head in a chunk, exp except for `sum` and `source`.
+template <typename T>
 struct DecayTable {
   float* base;
   __device__ float* sum() const { return base; }           // log2, from the start of the token's 16 up to and with it
   __device__ float* source() const { return base + 128; }  // the same less log2 dt
+  __device__ float& before(int block) const { return base[256 + block]; }  // from the chunk's start to that of block 0 to 7
+  __device__ float& skip() const { return base[264]; }                     // D
   // Block `block` of 16 in half `half`: from token s to the block's start, times dt, for the tokens before it.
-  __device__ float* columns(int half, int block) const { return base + 256 + (half ? 256 + block * 128 : block * 64); }
-  __device__ float& before(int block) const { return base[1024 + block]; }  // from the chunk's start to that of block 0 to 7
+  __device__ float* columns(int half, int block) const { return base + 268 + (half ? 256 + block * 128 : block * 64); }
+  // The same for 16-bit inputs, in pairs: of 32 tokens a lane of four has two pairs of the first 16, 8 tokens apart, then two of
+  // the others.
+  __device__ uint4* pairs(int half, int block) const {
+    return reinterpret_cast<uint4*>(base + 268) + (half ? 32 + block * 16 : block * 8);
+  }
 
-  __device__ float& skip() const { return base[1032]; }  // D
+  // This lane's weights for block `to` of half `half`.
+  __device__ __forceinline__ void put(int half, int to, float4 w) const {
+    const int lane = threadIdx.x & 31;
+    if constexpr (sizeof(T) == 4) {
+      reinterpret_cast<float4*>(columns(half, to))[lane] = w;
+    } else {
+      constexpr float kScale = ScoreScale<T>::kColumns;
+      uint32_t* out = reinterpret_cast<uint32_t*>(pairs(half, to)) + lane / 8 * 16 + lane % 2 * 8 + lane / 4 % 2 * 2 + lane / 2 % 2;
+      out[0] = Traits<T>::pack(w.x * kScale, w.y * kScale), out[4] = Traits<T>::pack(w.z * kScale, w.w * kScale);
+    }
+  }
 
-  template <typename T>
   __device__ __forceinline__ void make(const ChunkDecay<T>& d, float D) const {
     const int lane = threadIdx.x & 31, block = lane % 16 / 4, half = lane / 16;
     const float first = __shfl_sync(0xffffffffu, d.half, 0), end = d.before + d.total;
@@ -50,8 +76,8 @@ struct DecayTable {
 #pragma unroll
     for (int to = 0; to < 4; to++) {
       const float low = __shfl_sync(0xffffffffu, d.before, 4 * to), high = __shfl_sync(0xffffffffu, d.before, 16 + 4 * to);
-      if (half == 0 && block < to) reinterpret_cast<float4*>(columns(0, to))[lane] = d.weights(low - end);
-      if (half == 0 || block < to) reinterpret_cast<float4*>(columns(1, to))[lane] = d.weights(high - end + (half ? 0.f : first));
+      if (half == 0 && block < to) put(0, to, d.weights(low - end));
+      if (half == 0 || block < to) put(1, to, d.weights(high - end + (half ? 0.f : first)));
     }
   }
 };
@@ -64,7 +90,7 @@ struct OutputsShared {
   __device__ uint32_t x(int s) const { return C() + L::kStageAt + s * L::kStage; }
   __device__ uint32_t state(int s) const { return x(s) + L::kInput; }
   __device__ uint32_t out(int warp) const { return C() + L::kOutAt + warp * 2048; }
-  __device__ DecayTable table(int s) const { return {reinterpret_cast<float*>(base + L::kTableAt + s * L::kTable)}; }
+  __device__ DecayTable<typename L::T> table(int s) const { return {reinterpret_cast<float*>(base + L::kTableAt + s * L::kTable)}; }
   __device__ uint64_t* barrier(int i) const { return reinterpret_cast<uint64_t*>(base + L::kBarrierAt) + i; }
   __device__ uint64_t* ready() const { return barrier(0); }   // C and B
   __device__ uint64_t* landed() const { return barrier(1); }  // x whose padding must be cleared
@@ -238,18 +264,23 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       }
     }
     const bool clear = rows < kTileRows && at.limit < p.seqlen;
+    const auto load_x = [&](int i, uint64_t* bar) {  // by one thread
+      expect_bytes(bar, L::kInput);
+#pragma unroll
+      for (int k = 0; k < L::kHeadTiles; k++)
+        tensor_load(shared.x(i % L::kStages) + k * kTileBytes, args.x, (at.head0 + i * at.step) * L::kHeadDim + k * 64, at.token0, at.batch, bar);
+    };
+    if (!clear && threadIdx.x == 0)  // as many as there are stages, before anything is waited for
+      for (int i = 0; i < min(at.heads, L::kStages); i++) load_x(i, shared.x_full(i));
+    wait_for_previous();
 #pragma unroll 1
     for (int i = 0; i < at.heads; i++) {
       const int stage = i % L::kStages;
       uint64_t* bar = clear ? shared.landed() : shared.x_full(stage);
-      if (i > 0 && threadIdx.x == 0) states.fetch(args, at, i);
+      if (threadIdx.x == 0) states.fetch(args, at, i);
       free(i);
       if (threadIdx.x == 0) {
-        expect_bytes(bar, L::kInput);
-#pragma unroll
-        for (int k = 0; k < L::kHeadTiles; k++)
-          tensor_load(shared.x(stage) + k * kTileBytes, args.x, (at.head0 + i * at.step) * L::kHeadDim + k * 64, at.token0, at.batch, bar);
-        if (i == 0) wait_for_previous(), states.fetch(args, at, i);
+        if (clear || i >= L::kStages) load_x(i, bar);
         states.load(args, at, shared, i);
       }
       __syncwarp();

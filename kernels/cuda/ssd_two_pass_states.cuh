@@ -6,6 +6,8 @@
 // from chunk to chunk is the critical one.
 #pragma once
 
+#include <type_traits>
+
 #include "ssd_two_pass.cuh"
 
 namespace mamba {
@@ -245,6 +247,10 @@ struct StatesConsumer {
   }
 };
 
+// Weights of bfloat16 tokens are rounded to it, so that a pair takes one instruction; float16 has too few exponents for them.
+template <typename L>
+constexpr bool kPairedWeights = std::is_same_v<typename L::T, __nv_bfloat16>;
+
 // x times the weights of its tokens, in place.
 template <typename L, bool kCut>
 __device__ __forceinline__ void states_weigh(const TwoPassArgs& args, const StatesItem& item, const StatesShared<L>& shared) {
@@ -268,6 +274,10 @@ __device__ __forceinline__ void states_weigh(const TwoPassArgs& args, const Stat
         const float w = weights[i * 16];
 #pragma unroll
         for (int r = 0; r < 4; r++) {
+          if constexpr (kPairedWeights<L>) {
+            x[0][i][r] = Traits<E>::multiply(x[0][i][r], __float_as_uint(w));
+            continue;
+          }
           float2 f = Traits<E>::unpack(x[0][i][r]);
           if constexpr (L::kParts == 2) {
             const float2 low = Traits<E>::unpack(x[1][i][r]);
@@ -296,7 +306,12 @@ __device__ __forceinline__ void make_weights(const ScanArgs& p, const StatesItem
   const float second = __shfl_sync(0xffffffffu, decay.half, 31), first = __shfl_sync(0xffffffffu, decay.half, 0);
   // Behind the block: the rest of its 64 tokens, and for the first 64 the others.
   const float after = decay.half - (decay.before + decay.total) + (lane < 16 ? second : 0.f);
-  *reinterpret_cast<float4*>(shared.weights(stage) + lane * 4) = decay.weights(after);
+  float4 w = decay.weights(after);
+  if constexpr (kPairedWeights<L>) {
+    const auto pair = [](float v) { return __uint_as_float(Traits<typename L::E>::pack(v, v)); };
+    w = make_float4(pair(w.x), pair(w.y), pair(w.z), pair(w.w));
+  }
+  *reinterpret_cast<float4*>(shared.weights(stage) + lane * 4) = w;
   if (lane == 0) shared.decay(stage) = ex2(first + second);
 }
 

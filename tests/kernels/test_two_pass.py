@@ -63,10 +63,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
                      "bulk_wait_read")))  # fmt: skip
     memory = (r"extern __shared__ __align__\(1024\) uint8_t memory\[\];", "uint8_t* memory = emu::smem;")
     fence = (r'asm volatile\("fence.mbarrier_init.*\n', "")
-    load = (r'asm volatile\("ld\.shared\.v4[\s\S]*?: "r"\((.*)\)\);\n', r"std::memcpy(&v, emu::smem + (\1), 16);\n")
     take("ssd_two_pass_stages.cuh")
     take("ssd_two_pass_states.cuh", memory, fence)
-    take("ssd_two_pass_rows.cuh", load)
+    take("ssd_two_pass_rows.cuh")
     take("ssd_two_pass_outputs.cuh", memory, fence)
     command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-fno-strict-aliasing", f"-I{folder}"]
     output = folder / "two_pass.so"

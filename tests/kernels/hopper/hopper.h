@@ -52,6 +52,9 @@ inline uint64_t two(uint32_t low, uint32_t high) { return low | static_cast<uint
 
 template <typename T> struct Traits {
   static uint32_t pack(float low, float high) { return bits(from_float<T>(low)) | bits(from_float<T>(high)) << 16; }
+  static uint32_t multiply(uint32_t a, uint32_t b) {
+    return pack(number<T>(a) * number<T>(b), number<T>(a >> 16) * number<T>(b >> 16));
+  }
   static float2 unpack(uint32_t v) { return {number<T>(v), number<T>(v >> 16)}; }
   static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     emu::gather({two(a[0], a[1]), two(a[2], a[3]), b0, b1});
@@ -112,6 +115,12 @@ inline void tensor_load(uint32_t dst, const CUtensorMap& map, int col, int token
       std::memcpy(emu::smem + swizzled(dst + r * 128 + c * 2), &v, 2);
     }
   landed(bar, 128 * 128);
+}
+inline void tensor_store(const CUtensorMap& map, uint32_t src, int col, int token, int batch) {
+  for (int r = 0; r < 16 && token + r < map.tokens; r++)
+    for (int c = 0; c < 64; c++)
+      std::memcpy(static_cast<uint16_t*>(const_cast<void*>(map.base)) + batch * map.row + (token + r) * map.token + col + c,
+                  emu::smem + swizzled(src + r * 128 + c * 2), 2);
 }
 inline void bulk_load(uint32_t dst, const void* src, int bytes, uint64_t* bar) {
   expect_bytes(bar, bytes);

@@ -31,7 +31,7 @@ template <typename T, int kState, int kWgs> void run(const Call& q) {
   s.batch = q.batch, s.seqlen = q.seqlen, s.nheads = q.nheads, s.headdim = 64, s.ngroups = q.ngroups, s.d_state = kState;
   s.dt_softplus = q.dt_softplus, s.d_per_channel = q.d_per_channel, s.dt_min = 0.f, s.dt_max = INFINITY;
   a.x = {q.x, static_cast<int>(wide), q.seqlen, q.batch, wide, wide * tokens};
-  a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C;
+  a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C, a.y = a.x, a.y.base = q.y;
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
   std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * kState, NAN);
   const int all = ceil_div(q.seqlen, kTwoPassChunk), rows = q.batch * q.nheads;
