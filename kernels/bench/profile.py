@@ -1,4 +1,4 @@
-"""Where the time of a kernel goes, by Nsight Compute: ``python -m kernels.bench.profile``.
+"""Where the time of a kernel goes, by Nsight Compute: ``python -m kernels.bench.profile [op ...]``.
 
 Profiles the scans at the shapes whose targets they miss and puts the section "profiles" into RESULTS.md.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .run import HERE, put_section
+from .run import HERE, put_section, sections
 
 CASES = (
     ("selective_scan", (1, 1536, 512)),
@@ -91,6 +91,7 @@ def line(case: str, row: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("ops", nargs="*", help="only these; the rows of others stay (default: all)")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
     parser.add_argument("--inside", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -101,10 +102,15 @@ def main() -> None:
         "| case | kernel | " + " | ".join(COLUMNS) + " | stalls |",
         "|---|---|" + "---|" * (len(COLUMNS) + 1),
     ]
+    before = sections(arguments.out.read_text(encoding="utf-8")).get("profiles", "") if arguments.out.is_file() else ""
     with tempfile.TemporaryDirectory() as folder:
         for op, shape in CASES:
+            case = f"{op} {', '.join(map(str, shape))}"
+            if arguments.ops and op not in arguments.ops:
+                lines += [row for row in before.splitlines() if row.startswith(f"| {case} |")]
+                continue
             found = measure(op, shape, Path(folder))
-            lines += [line(f"{op} {', '.join(map(str, shape))}", row) for row in found]
+            lines += [line(case, row) for row in found]
             print("\n".join(lines[-len(found) :]), flush=True)
     body = f"## profiles\n\n{torch.cuda.get_device_name()}. {EXPLANATION}\n" + "\n".join(lines) + "\n"
     put_section(arguments.out, "profiles", body)

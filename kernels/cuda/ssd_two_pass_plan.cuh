@@ -18,6 +18,7 @@ struct TwoPassArgs {
   int32_t rows, batch0;     // of the batch, of this launch
   int32_t chunk0, chunks;   // of this launch
   int32_t group_blocks;     // of the second pass: its blocks for a group and chunk
+  int32_t late_first;       // of the second pass: flag, the last chunks come first
   // A row (of a head) may be cut into pieces, walked side by side by the first pass: the first starts from the state before
   // the row, those behind it from zero. The second pass adds what the pieces before left.
   int32_t first, rest;  // chunks of the first piece, of the others

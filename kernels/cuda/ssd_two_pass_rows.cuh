@@ -113,7 +113,7 @@ struct OutputRows {
   }
 };
 
-// The block's chunk and heads. Early chunks come first, of all rows: the first pass makes their states first.
+// The block's chunk and heads. The first chunks of all rows come first, or the last.
 __device__ __forceinline__ OutputsItem outputs_item(const TwoPassArgs& args) {
   const ScanArgs& p = args.scan;
   OutputsItem at;
@@ -123,6 +123,7 @@ __device__ __forceinline__ OutputsItem outputs_item(const TwoPassArgs& args) {
   at.group = block / blocks, at.head0 = at.group * heads_per_group + first, at.step = blocks;
   at.heads = (heads_per_group - first + blocks - 1) / blocks;
   at.chunk = blockIdx.x / (blocks * p.ngroups * args.rows);
+  if (args.late_first) at.chunk = args.chunks - 1 - at.chunk;
   at.batch = args.batch0 + row, at.token0 = (args.chunk0 + at.chunk) * kTileRows;
   at.end = min(p.seqlen, at.token0 + kTileRows), at.limit = valid_tokens(p, at.batch);
   at.row = row * p.nheads + at.head0;

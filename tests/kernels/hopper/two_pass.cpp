@@ -42,7 +42,7 @@ template <typename T, int kState, int kWgs> void run(const Call& q) {
   a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.group_blocks = ceil_div(q.nheads / q.ngroups, q.heads_per_block);
   for (a.chunk0 = 0; a.chunk0 < all; a.chunk0 += q.chunks) {
     a.chunks = min(q.chunks, all - a.chunk0);
-    a.first = a.run ? all : q.first;
+    a.first = a.run ? all : q.first, a.late_first = q.heads_per_block % 2;
     const int outputs = a.chunks * q.batch * q.ngroups * a.group_blocks;
     if (a.later) {
       const int blocks = a.run ? ceil_div(rows * all, a.run) : rows + ceil_div(rows * a.later, a.together);
