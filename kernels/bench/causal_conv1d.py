@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,8 @@ def reference(x: Any, weight: Any, bias: Any) -> Any:
     return F.silu(y + bias.double())
 
 
-def bench(ctx: Context) -> list[Row]:
-    peer, rows = ctx.peer("causal_conv1d"), []
+def bench(ctx: Context) -> Iterator[Row]:
+    peer = ctx.peer("causal_conv1d")
     for batch, channels, seqlen in SHAPES:
         size = batch * channels * seqlen
         sets = sets_for(4 * size)
@@ -47,5 +48,4 @@ def bench(ctx: Context) -> list[Row]:
             row.note = "step, state in place"
             row.ours_ms = time_ms([partial(causal_conv1d, x, weight, bias, s, out=y, final_state=s) for x, y, s in zip(xs, ys, states, strict=True)])  # noqa: E501  # fmt: skip
             row.peer_ms = time_ms([partial(peer.causal_conv1d_update, x.transpose(1, 2), s, weight, bias, y.transpose(1, 2), True, None, None) for x, y, s in zip(xs, ys, states, strict=True)])  # noqa: E501  # fmt: skip
-        rows.append(row)
-    return rows
+        yield row

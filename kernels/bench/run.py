@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .harness import Context, copy_bandwidth, table
+from .harness import Context, Row, copy_bandwidth, table
 
 HERE = Path(__file__).resolve().parent
 TITLES = {
@@ -68,10 +68,13 @@ def main() -> None:
         f"torch {torch.__version__}; copy bandwidth {ctx.copy_bandwidth / 1e12:.2f} TB/s."
     )
     for op in arguments.ops:
-        rows = importlib.import_module(f".{op}", __package__).bench(ctx)
-        body = f"## {op} ({TITLES.get(op, 'shape')})\n\n{machine}\n\n{table(rows)}\n"
-        print(body, flush=True)
-        put_section(arguments.out, op, body)
+        rows: list[Row] = []
+        for row in importlib.import_module(f".{op}", __package__).bench(
+            ctx
+        ):  # a run that is cut off leaves what it measured
+            rows.append(row)
+            put_section(arguments.out, op, f"## {op} ({TITLES.get(op, 'shape')})\n\n{machine}\n\n{table(rows)}\n")
+            print(table(rows).splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":

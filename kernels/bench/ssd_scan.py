@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -66,8 +67,8 @@ def reference(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, dt_
     return out
 
 
-def bench(ctx: Context) -> list[Row]:
-    peer, rows = load_peer(ctx, "ssd_combined")._mamba_chunk_scan_combined_fwd, []
+def bench(ctx: Context) -> Iterator[Row]:
+    peer = load_peer(ctx, "ssd_combined")._mamba_chunk_scan_combined_fwd
 
     def theirs(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, dt_softplus: bool) -> Any:
         return peer(x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus)[0]
@@ -92,5 +93,4 @@ def bench(ctx: Context) -> list[Row]:
             ours: Any = ssd_scan(**sets[0])
             row.ours_error = relative_error(ours, expected)
             row.peer_error = relative_error(theirs(**sets[0]), expected)
-        rows.append(row)
-    return rows
+        yield row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -30,8 +31,8 @@ def step_reference(state: Any, x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, 
     return (new * C.double()[:, :, None]).sum(-1) + D.double()[:, None] * x.double()
 
 
-def bench(ctx: Context) -> list[Row]:
-    peer, rows = load_peer(ctx, "selective_state_update").selective_state_update, []
+def bench(ctx: Context) -> Iterator[Row]:
+    peer = load_peer(ctx, "selective_state_update").selective_state_update
     for batch, nheads in SHAPES:
         size = batch * nheads * 64 * 128
         sets = []
@@ -51,5 +52,4 @@ def bench(ctx: Context) -> list[Row]:
             expected = step_reference(state, **tokens[0])
             row.ours_error = relative_error(ssd_state_update(**sets[0], state=state)[0][:, 0], expected)
             row.peer_error = relative_error(theirs(peer, state.clone(), **tokens[0]), expected)
-        rows.append(row)
-    return rows
+        yield row

@@ -140,7 +140,10 @@ bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPas
     return true;
   }
   if (later > kMaxLater || pieces > chunks) return false;
-  const int heads = heads_per_block(a, static_cast<int64_t>(chunks) * a.batch);
+  // Of a multiprocessor in the second pass, one behind the other.
+  const int each = heads_per_block(a, static_cast<int64_t>(chunks) * a.batch);
+  const int64_t blocks = static_cast<int64_t>(chunks) * a.batch * a.ngroups * ceil_div(a.nheads / a.ngroups, each);
+  const int heads = each * static_cast<int>(ceil_div64(blocks, sms));
   double least = INFINITY, longest = 0;
   for (int kind = 0; kind < 2; kind++) {
     const TwoPassPlan::States& states = plan.states[kind];

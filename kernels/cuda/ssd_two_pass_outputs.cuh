@@ -2,10 +2,11 @@
 // copies, and the final state of the pieces' ends.
 //
 // A block has one chunk and some heads of a group, which lie apart: its neighbours read and write the lines between them at
-// the same time. Its two warpgroups of consumers own 64 tokens each; C B^T is made
-// once and stays in registers. A warp owns 16 tokens: what its tokens take from those before the 16 shares a decay from
-// their start, so the scores need the decays of their columns only, from a table; the 16 x 16 block on the diagonal, which
-// weighs most and carries D, is made elementwise, as a sum of two 16-bit values.
+// the same time. Its two warpgroups of consumers own 64 tokens each; C B^T is made once and stays in registers, for 16-bit inputs
+// in pairs of 16 bits. A warp owns 16 tokens: what its tokens take from those before the 16 shares a decay from their start, so the
+// scores need the decays of their columns only, from a table; the 16 x 16 block on the diagonal, which weighs most and carries D,
+// is made elementwise, as a sum of two 16-bit values. A consumer's time is its own instructions, one behind the other: what does
+// not need the product with the state is done while that runs.
 #pragma once
 
 #include "ssd_two_pass_rows.cuh"
@@ -210,7 +211,10 @@ struct OutputsConsumer : OutputRows<L> {
 #pragma unroll
       for (int n = 0; n < L::kAccumulators; n++)
 #pragma unroll
-        for (int r = 0; r < 4; r++) y[n][r] = L::kParts == 1 ? fmaf(y[n][r], r < 2 ? from_lo : from_hi, near[n][r]) : y[n][r] * (r < 2 ? from_lo : from_hi);
+        for (int r = 0; r < 4; r++) {
+          const float from = r < 2 ? from_lo : from_hi;
+          y[n][r] = L::kParts == 1 ? fmaf(y[n][r], from, near[n][r]) : y[n][r] * from;
+        }
       if constexpr (L::kParts == 2) used |= Base::add_diagonal(y, high, low, x_rows);
       __syncwarp();
       if (lane == 0) mbarrier_arrive_after(shared.empty(stage), used);
