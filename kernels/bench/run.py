@@ -69,12 +69,12 @@ def main() -> None:
     )
     for op in arguments.ops:
         rows: list[Row] = []
-        for row in importlib.import_module(f".{op}", __package__).bench(
-            ctx
-        ):  # a run that is cut off leaves what it measured
+        bench = importlib.import_module(f".{op}", __package__).bench
+        for row in bench(ctx):  # row by row: a run that is cut off leaves what it measured
             rows.append(row)
-            put_section(arguments.out, op, f"## {op} ({TITLES.get(op, 'shape')})\n\n{machine}\n\n{table(rows)}\n")
-            print(table(rows).splitlines()[-1], flush=True)
+            text = table(rows)
+            put_section(arguments.out, op, f"## {op} ({TITLES.get(op, 'shape')})\n\n{machine}\n\n{text}\n")
+            print(text.splitlines()[-1], flush=True)
 
 
 if __name__ == "__main__":
