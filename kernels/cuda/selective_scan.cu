@@ -2,8 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "early_launch.cuh"
-#include "selective_scan_segment_layout.cuh"
+#include "selective_scan_chain_copy.cuh"
 
 namespace mamba::scan {
 namespace {
@@ -54,23 +53,6 @@ bool covers_chain(const Params& p, const Tactic& t) {
   return p.dtype == MAMBA_F32 ? with_chain<float>(t, fits) : with_chain<__half>(t, fits);
 }
 
-bool has_segment() {
-#ifdef MAMBA_SM90A
-  return compute_major() == 9;
-#else
-  return false;
-#endif
-}
-
-bool covers_segment(const Params& p, const Tactic& t) {
-  if (!has_segment() || p.d_state != kState || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.groups > 32) return false;
-  auto fits = [&](auto layout) {
-    const size_t run = layout.kWidth * dtype_size(p.dtype);  // bytes copied at once
-    return activations_aligned(p, run) && layout.stages(t.groups) >= 2;
-  };
-  return p.dtype == MAMBA_F32 ? with_segment<float>(t, fits) : with_segment<__half>(t, fits);
-}
-
 bool covers(const Params& p, const Tactic& t);
 
 int channel_rows(const Params& p) { return p.batch * p.ngroups * ceil_div(p.dim / p.ngroups, kChannelWidth); }
@@ -106,14 +88,6 @@ template <typename T> int run(const Params& p, const Tactic& tactic, cudaStream_
   switch (tactic.kernel) {
     case Tactic::kGeneric: return launch_generic(args, tactic, p.batch, stream);
     case Tactic::kChannel: return launch_channel(args, tactic, p.batch, stream);
-    case Tactic::kSegment16:
-    case Tactic::kSegment8:
-    case Tactic::kSegment4:
-#ifdef MAMBA_SM90A
-      return launch_segment(args, tactic, p.batch, stream);
-#else
-      return MAMBA_ERROR_TACTIC;
-#endif
     default: return launch_chain(args, tactic, p.batch, stream);
   }
 }
@@ -127,9 +101,6 @@ bool covers(const Params& p, const Tactic& t) {
     case Tactic::kChain:
     case Tactic::kChain4:
     case Tactic::kChain8: return covers_chain(p, t);
-    case Tactic::kSegment16:
-    case Tactic::kSegment8:
-    case Tactic::kSegment4: return covers_segment(p, t);
     default: return false;
   }
 }

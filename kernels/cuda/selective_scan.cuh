@@ -35,7 +35,7 @@ template <typename T> struct Args {
 // Which kernel, and: chain (two, four or eight lanes a channel): groups of channels in a block, scanning warps of a group,
 // copying warps; channel: pieces of a row, side by side or in turn by so many blocks of a multiprocessor (in copiers).
 struct Tactic {
-  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kChain4 = 3, kChain8 = 4, kSegment16 = 5, kSegment8 = 6, kSegment4 = 7 };
+  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kChain4 = 3, kChain8 = 4 };
   int kernel, groups, warps, copiers, pieces;
   int code() const { return kernel | groups << 4 | warps << 12 | copiers << 17 | pieces << 20; }
   int in_turn() const { return kernel == kChannel && pieces > 1 ? copiers : 0; }
@@ -110,7 +110,6 @@ __device__ void zero_padding(const Args<T>& p, int b, int len, int c0, int c1) {
 }
 
 template <typename T> int launch_chain(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
-template <typename T> int launch_segment(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 template <typename T> int launch_channel(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 template <typename T> int launch_generic(const Args<T>& args, const Tactic& tactic, int batch, cudaStream_t stream);
 

@@ -88,4 +88,3 @@ inline float __shfl_sync(unsigned, float v, int source, int width = 32) {
   return emulation::exchange(v, emulation::lane / width * width + source % width);
 }
 inline float __shfl_xor_sync(unsigned, float v, int mask) { return emulation::exchange(v, emulation::lane ^ mask); }
-inline float __shfl_up_sync(unsigned, float v, int lanes) { return emulation::exchange(v, emulation::lane < lanes ? emulation::lane : emulation::lane - lanes); }

@@ -24,7 +24,6 @@ template <typename F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int
 namespace emulation {
 inline thread_local dim3 block_size;
 inline std::barrier<>* whole_block;
-inline std::unique_ptr<std::barrier<>> named[16];  // barriers of some warps
 }  // namespace emulation
 namespace mamba::scan {
 alignas(16) inline char shared[232448];
