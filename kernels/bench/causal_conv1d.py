@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..causal_conv1d import causal_conv1d
-from .harness import Context, Row, relative_error, sets_for, time_ms
+from .harness import Context, Row, bound_by_copies, relative_error, sets_for, time_ms
 
 SHAPES = [(1, 1536, 2048), (1, 5120, 2048), (8, 5120, 2048), (1, 1536, 65536), (1, 5120, 1), (64, 5120, 1)]
 
@@ -31,7 +31,7 @@ def bench(ctx: Context) -> Iterator[Row]:
         weight = torch.randn(channels, 4, device="cuda", dtype=torch.bfloat16)
         bias = torch.randn(channels, device="cuda", dtype=torch.bfloat16)
         row = Row("causal_conv1d", f"{batch}, {channels}, {seqlen}", 0.0, None, size, "G elements/s", 4 * size)
-        row.floor_ms = row.bytes / ctx.copy_bandwidth * 1e3
+        bound_by_copies(row, ctx)
         if seqlen > 1:
             state = torch.empty(batch, channels, 3, device="cuda", dtype=torch.bfloat16)
             row.ours_ms = time_ms([partial(causal_conv1d, x, weight, bias, out=y, final_state=state) for x, y in zip(xs, ys, strict=True)])  # noqa: E501  # fmt: skip
@@ -44,7 +44,7 @@ def bench(ctx: Context) -> Iterator[Row]:
         else:
             states = [torch.randn(batch, channels, 3, device="cuda", dtype=torch.bfloat16) for _ in xs]
             row.bytes = 16 * size
-            row.floor_ms = row.bytes / ctx.copy_bandwidth * 1e3
+            bound_by_copies(row, ctx)
             row.note = "step, state in place"
             row.ours_ms = time_ms([partial(causal_conv1d, x, weight, bias, s, out=y, final_state=s) for x, y, s in zip(xs, ys, states, strict=True)])  # noqa: E501  # fmt: skip
             row.peer_ms = time_ms([partial(peer.causal_conv1d_update, x.transpose(1, 2), s, weight, bias, y.transpose(1, 2), True, None, None) for x, y, s in zip(xs, ys, states, strict=True)])  # noqa: E501  # fmt: skip

@@ -14,6 +14,7 @@ import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "--use_fast_math", "--expt-relaxed-constexpr"
 
 @dataclass
 class Row:
-    """One measured case. ``work`` is in ``unit`` (G per second is reported), ``bytes`` the least memory traffic."""
+    """One measured case. ``work`` is in ``unit`` (G per second is reported), ``bytes`` the least memory traffic.
+
+    ``copy_ms`` is what a copy of as many bytes takes, timed the same way: a launch of a few microseconds never moves them
+    at the bandwidth of a large one.
+    """
 
     op: str
     case: str
@@ -38,6 +43,7 @@ class Row:
     unit: str = ""
     bytes: float = 0.0
     floor_ms: float | None = None
+    copy_ms: float | None = None
     ours_error: float | None = None
     peer_error: float | None = None
     note: str = ""
@@ -147,6 +153,17 @@ def copy_bandwidth() -> float:
     return 2 * 4 * a.numel() / (time_ms([lambda: torch.neg(a, out=b)]) * 1e-3)
 
 
+def bound_by_copies(row: Row, ctx: Context) -> None:
+    """The floor and ``copy_ms`` of an op that only moves its bytes."""
+    row.floor_ms, row.copy_ms = row.bytes / ctx.copy_bandwidth * 1e3, copy_ms(row.bytes)
+
+
+def copy_ms(size: float) -> float:
+    """Milliseconds of an elementwise copy that reads and writes ``size`` bytes together, over rotating buffers."""
+    pairs = [torch.empty(2, int(size) // 8, dtype=torch.float32, device="cuda") for _ in range(sets_for(size))]
+    return time_ms([partial(torch.neg, pair[0], out=pair[1]) for pair in pairs])
+
+
 def relative_error(out: torch.Tensor, reference: torch.Tensor) -> float:
     return float((out.double() - reference.double()).norm() / reference.double().norm())
 
@@ -158,14 +175,14 @@ def table(rows: Sequence[Row]) -> str:
         return "–" if value is None else format(value, form)
 
     unit = rows[0].unit
-    lines = [f"| case | ours ms | peer ms | ratio | {unit} | GB/s | of the floor | error ours | error peer | |",
-             "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"| case | ours ms | peer ms | ratio | {unit} | GB/s | of the floor | copy ms | error ours | error peer | |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for r in rows:
         ratio = None if r.peer_ms is None else r.peer_ms / r.ours_ms
         share = None if r.floor_ms is None else r.floor_ms / r.ours_ms
         lines.append(
             f"| {r.case} | {r.ours_ms:.4f} | {number(r.peer_ms, '.4f')} | {number(ratio, '.2f')} "
             f"| {r.work / r.ours_ms / 1e6:.1f} | {r.bytes / r.ours_ms / 1e6:.0f} | {number(share, '.0%')} "
-            f"| {number(r.ours_error, '.2e')} | {number(r.peer_error, '.2e')} | {r.note} |"
+            f"| {number(r.copy_ms, '.4f')} | {number(r.ours_error, '.2e')} | {number(r.peer_error, '.2e')} | {r.note} |"
         )
     return "\n".join(lines)

@@ -30,7 +30,7 @@ HEADER = """# Kernel benchmarks: the last output of `python -m kernels.bench.run
 
 Medians of CUDA-graph replays over rotating buffers; the peer is mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0, in its
 own layout, in the same run. Errors are relative to float64 (first 512 tokens of a scan, 4,096 of a convolution). Copy
-bandwidth counts reads and writes of 1 GiB.
+bandwidth counts reads and writes of 1 GiB; "copy ms" is an elementwise copy of as many bytes as the op moves.
 """
 
 

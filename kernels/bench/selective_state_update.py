@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..selective_state_update import selective_state_update
-from .harness import Context, Row, peer_source, sets_for, time_ms
+from .harness import Context, Row, bound_by_copies, peer_source, sets_for, time_ms
 from .selective_scan import make
 
 SHAPES = [(1, 1536), (1, 5120), (8, 5120), (64, 1536), (64, 5120), (256, 5120), (1024, 1536)]
@@ -45,7 +45,7 @@ def bench(ctx: Context) -> Iterator[Row]:
         row = Row(
             "selective_state_update", f"{batch}, {dim}", time_ms(ours), time_ms(theirs), size, "G (b,d)/s", 136 * size
         )
-        row.floor_ms = row.bytes / ctx.copy_bandwidth * 1e3
+        bound_by_copies(row, ctx)
         a, b = states[0].clone(), states[0].clone()
         s = sets[0]
         y, _ = selective_state_update(**s, state=a, final_state=a)

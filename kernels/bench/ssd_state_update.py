@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..ssd_state_update import ssd_state_update
-from .harness import Context, Row, relative_error, sets_for, time_ms
+from .harness import Context, Row, bound_by_copies, relative_error, sets_for, time_ms
 from .ssd_scan import load_peer, make
 
 SHAPES = [(1, 24), (1, 80), (8, 80), (64, 24), (64, 80), (256, 80), (1024, 80)]
@@ -46,7 +46,7 @@ def bench(ctx: Context) -> Iterator[Row]:
         tokens = [{k: v[:, 0] if k in ("x", "dt", "B", "C") else v for k, v in s.items()} for s in sets]
         others = [partial(theirs, peer, h, **s) for s, h in zip(tokens, states, strict=True)]
         row = Row("ssd_state_update", f"{batch}, {nheads}", time_ms(ours), time_ms(others), size, "G state/s", 8 * size)
-        row.floor_ms = row.bytes / ctx.copy_bandwidth * 1e3
+        bound_by_copies(row, ctx)
         if batch <= 64:
             state = torch.randn_like(states[0])
             expected = step_reference(state, **tokens[0])
