@@ -12,7 +12,8 @@ struct ChainBlock {
 constexpr ChainBlock kChainBlocks[] = {
     {Tactic::kChain, 1, 14, 2, 4.8, 18.0},  {Tactic::kChain, 2, 7, 2, 4.8, 34.5},  {Tactic::kChain, 3, 5, 1, 4.8, 47.5},
     {Tactic::kChain4, 2, 7, 2, 4.6, 17.7},  {Tactic::kChain4, 3, 5, 1, 4.6, 27.0}, {Tactic::kChain4, 5, 3, 1, 4.6, 41.2},
-    {Tactic::kChain8, 3, 4, 4, 3.9, 21.2},  {Tactic::kChain, 1, 8, 2, 4.8, 22.5},
+    {Tactic::kChain4, 1, 14, 2, 4.2, 10.9}, {Tactic::kChain4, 1, 8, 2, 3.8, 12.0}, {Tactic::kChain8, 1, 10, 2, 3.4, 11.35},
+    {Tactic::kChain8, 3, 5, 1, 3.1, 21.2},  {Tactic::kChain, 1, 8, 2, 4.8, 22.5},
 };
 
 // Nanoseconds a token takes blocks of the tactic channel, of which a multiprocessor has `blocks` at once (0 to 4): started
@@ -42,11 +43,12 @@ double in_turn_us(const Params& p, int places, int pieces) {
          (blocks < places ? 2.2 : 3.6) * pieces * blocks / running;
 }
 
-// How many tokens the first pass looks back at depends on the data: about 1,500 in full, a few states further.
+// How many tokens the first pass looks back at depends on the data: about 1,500 in full, a few states further. Where a piece is
+// shorter, all pieces before it count.
 double side_by_side_us(const Params& p, int blocks, int pieces) {
-  const double tokens = double(p.seqlen) / pieces;
+  const double tokens = double(p.seqlen) / pieces, seen = std::min(1.0, 1500 / tokens);
   const double second = 1e-3 * tokens * (blocks > 4 ? apart_ns(3) / 3 * blocks : together_ns(blocks));
-  return (blocks > 4 ? 95 : 25) + second * (1.25 + 0.7 * std::min(1.0, 1500 / tokens));
+  return (blocks > 4 ? 75 : 5) + 0.5 * pieces * seen + second * (1.25 + 0.7 * seen);
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {

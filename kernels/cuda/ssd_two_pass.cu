@@ -63,9 +63,11 @@ int more_blocks(const TwoPassPlan& plan, int64_t rows) { return rows * plan.stat
 double chunk_clocks(const TwoPassPlan::States& states) { return states.blocks_per_head > 1 ? 1500 : 1900; }
 constexpr double kCacheClocks = 0.3, kProductClocks = 400;
 
-// In us, to compare numbers of pieces: the first pass and what cutting adds. Fitted to what was measured on an H200, 23 shapes
-// and up to four pieces each. The first pass: as many chunks as follow each other, or the traffic of all.
+// In us, to compare numbers of pieces: the first pass and what cutting adds. Fitted to what was measured on an H200, 32 shapes
+// and up to four pieces each. The first pass: as many chunks as follow each other, or the traffic of all; a block that starts
+// where another one ended has nothing under way at first. Of equal runs about half cut a row.
 struct CutTime {
+  static constexpr double kStart = 2.4;
   double chunk, all, product, end;  // end: of a row's final state
   CutTime(const ScanArgs& a, const TwoPassPlan& plan, const TwoPassPlan::States& states) {
     const bool wide = plan.image > 2 * a.headdim * a.d_state;  // float32
@@ -75,11 +77,12 @@ struct CutTime {
   }
   double whole(int64_t rows, int chunks, int64_t slots) const {
     const int64_t waves = rows / slots, rest = rows % slots;
-    return chunks * (waves * fmax(chunk, all * slots) + (rest > 0 ? fmax(chunk, all * rest) : 0));
+    const double starts = kStart * fmax(0, static_cast<double>(rows) / slots - 1);
+    return chunks * (waves * fmax(chunk, all * slots) + (rest > 0 ? fmax(chunk, all * rest) : 0)) + starts;
   }
-  double cut(const ScanArgs& a, int64_t chunks, double longest, int later, int heads) const {
+  double cut(const ScanArgs& a, int64_t chunks, double longest, int later, int heads, bool runs) const {
     const double ends = end * a.batch * a.nheads * (0.7 + 0.3 * later);
-    return fmax(chunk * longest, all * chunks) + 0.9 + 0.2 * later + product * later * heads + ends;
+    return fmax(chunk * longest, all * chunks) + 0.9 + 0.2 * later + product * (runs ? 0.5 : later) * heads + ends;
   }
 };
 
@@ -175,7 +178,7 @@ bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPas
     cut->pieces = 2, cut->first = cut->rest = chunks, cut->together = 1, cut->run = static_cast<int>(run);
     cut->states = kind;
   }
-  if (cut->pieces > 1) cut->time = CutTime(a, plan, plan.states[cut->states]).cut(a, rows * chunks, longest, later, heads);
+  if (cut->pieces > 1) cut->time = CutTime(a, plan, plan.states[cut->states]).cut(a, rows * chunks, longest, later, heads, cut->run > 0);
   return cut->pieces > 1;
 }
 
