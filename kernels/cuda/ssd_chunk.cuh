@@ -15,6 +15,7 @@ struct ScanArgs {
   int64_t x_batch, x_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, z_batch, z_token, y_batch, y_token;
   int32_t batch, seqlen, nheads, headdim, ngroups, d_state;
   int32_t dt_softplus, d_per_channel;
+  int32_t halves;  // heads are parts of 64 columns of wider ones: 2^halves of them share dt, A, dt_bias and D by head
   float dt_min, dt_max;
   int32_t blocks_x;  // blocks that share a row of the batch
   // The sequence cut into `splits` pieces of whole chunks, equal to within one chunk.
@@ -25,6 +26,8 @@ struct ScanArgs {
   float* handoff;                // a block's state for the block after it
   unsigned long long* handed;    // holds `ticket` once that state is there; 0 after it was taken
   unsigned long long ticket;
+
+  __device__ __forceinline__ int step_head(int head) const { return head >> halves; }
 };
 
 // One block handles kHeads heads of one group; a warp owns kWarpCols columns (of headdim) of one head's state for
@@ -108,8 +111,8 @@ struct HeadConstants {
   __device__ __forceinline__ void load(const ScanArgs& p, const Item& at) const {
     if (threadIdx.x < L::kHeads) {
       const bool active = threadIdx.x < at.heads;
-      a(threadIdx.x) = active ? p.A[at.head0 + threadIdx.x] * kLog2e : 0.f;
-      bias(threadIdx.x) = active && p.dt_bias ? p.dt_bias[at.head0 + threadIdx.x] : 0.f;
+      a(threadIdx.x) = active ? p.A[p.step_head(at.head0 + threadIdx.x)] * kLog2e : 0.f;
+      bias(threadIdx.x) = active && p.dt_bias ? p.dt_bias[p.step_head(at.head0 + threadIdx.x)] : 0.f;
     }
   }
 };
@@ -132,7 +135,7 @@ struct DecayWarp {
       const int head = head_of(i);
       if (head >= at.heads) continue;
       const int t0 = token0 + (threadIdx.x & 31) * kPerLane;
-      const T* dt = static_cast<const T*>(p.dt) + at.batch * p.dt_batch + at.head0 + head + t0 * p.dt_token;
+      const T* dt = static_cast<const T*>(p.dt) + at.batch * p.dt_batch + p.step_head(at.head0 + head) + t0 * p.dt_token;
 #pragma unroll
       for (int e = 0; e < kPerLane; e++)
         if (t0 + e < at.limit()) raw[i][e] = dt[e * p.dt_token];

@@ -14,18 +14,31 @@ namespace mamba {
 namespace ssd {
 namespace {
 
+// What was asked for, as the kernels see it.
+struct Call : mamba_ssd_scan_params {
+  int halves = 0;  // see ScanArgs
+};
+
 #include "ssd_scan_select.inl"
 
-size_t state_bytes(const mamba_ssd_scan_params& p, int splits) {
+// Heads of 128 columns as pairs of heads of 64, where these have the faster kernels: the columns of a head share its step and decay,
+// no more, and lie in x, y, D by channel and states as those of two heads do.
+Call as_seen(const mamba_ssd_scan_params& params) {
+  Call p = {params};
+  if (p.headdim == 128 && has_two_pass(p.dtype, 64, p.d_state)) p.headdim = 64, p.nheads *= 2, p.halves = 1;
+  return p;
+}
+
+size_t state_bytes(const Call& p, int splits) {
   return sizeof(float) * p.batch * p.nheads * static_cast<size_t>(splits) * p.headdim * p.d_state;
 }
 
 // What a streaming block leaves for the next.
-size_t handoff_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
+size_t handoff_bytes(const Call& p, const Choice& c) {
   return sizeof(float) * c.heads * static_cast<size_t>(p.headdim) * p.d_state;
 }
 
-size_t workspace_bytes(const mamba_ssd_scan_params& p, const Choice& c) {
+size_t workspace_bytes(const Call& p, const Choice& c) {
   if (c.layout >= kTwoPass) return two_pass_workspace(arguments(p, c), c.two_pass, c.launches(), c.cut);
   if (c.splits == 1) return 0;
   if (c.splits == 0) return c.slots() * (handoff_bytes(p, c) + sizeof(unsigned long long));
@@ -50,7 +63,7 @@ unsigned long long new_ticket() {
   return (v ^ (v >> 31)) | 1;
 }
 
-ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c) {
+ScanArgs arguments(const Call& p, const Choice& c) {
   ScanArgs a = {};
   a.x = p.x, a.dt = p.dt, a.B = p.B, a.C = p.C, a.z = p.z, a.y = p.y;
   a.A = p.A, a.D = p.D, a.dt_bias = p.dt_bias, a.initial_state = p.initial_state, a.final_state = p.final_state;
@@ -63,7 +76,7 @@ ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c) {
   a.y_batch = p.y_batch_stride, a.y_token = p.y_token_stride;
   a.batch = p.batch, a.seqlen = p.seqlen, a.nheads = p.nheads, a.headdim = p.headdim;
   a.ngroups = p.ngroups, a.d_state = p.d_state;
-  a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel;
+  a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel, a.halves = p.halves;
   a.dt_min = p.dt_min, a.dt_max = p.dt_max;
   a.blocks_x = c.blocks_x, a.splits = c.splits;
   if (c.layout >= kTwoPass) return a;
@@ -112,7 +125,7 @@ __global__ void ssd_combine_kernel(ScanArgs p) {
   }
 }
 
-int launch(const mamba_ssd_scan_params& p, const Choice& c, cudaStream_t stream) {
+int launch(const Call& p, const Choice& c, cudaStream_t stream) {
   const ScanArgs a = arguments(p, c);
   if (c.layout >= kTwoPass) return two_pass_launch(a, p.dtype, c.two_pass, c.launches(), c.cut, p.workspace, stream);
   if (c.splits == 0) {
@@ -144,8 +157,9 @@ using namespace mamba::ssd;
 
 extern "C" size_t mamba_ssd_scan_workspace(const mamba_ssd_scan_params* params) {
   Choice c;
-  if (!params || check(*params) != MAMBA_OK || choose(*params, &c) != MAMBA_OK) return 0;
-  return workspace_bytes(*params, c);
+  if (!params || check(*params) != MAMBA_OK) return 0;
+  const Call p = as_seen(*params);
+  return choose(p, &c) == MAMBA_OK ? workspace_bytes(p, c) : 0;
 }
 
 extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32_t* out, int max) {
@@ -156,7 +170,7 @@ extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32
     if (count < max) out[count++] = tactic;
   };
   if (!params || check(*params) != MAMBA_OK) return 0;
-  mamba_ssd_scan_params p = *params;
+  Call p = as_seen(*params);
   p.tactic = -1;
   Choice chosen;
   if (choose(p, &chosen) != MAMBA_OK) return 0;
@@ -186,8 +200,8 @@ extern "C" int mamba_ssd_scan_tactics(const mamba_ssd_scan_params* params, int32
 
 extern "C" int mamba_ssd_scan(const mamba_ssd_scan_params* params, mamba_stream stream) {
   if (!params) return MAMBA_ERROR_NULL_POINTER;
-  const mamba_ssd_scan_params& p = *params;
-  if (const int status = check(p); status != MAMBA_OK) return status;
+  if (const int status = check(*params); status != MAMBA_OK) return status;
+  const Call p = as_seen(*params);
   if (p.batch == 0) return MAMBA_OK;
   if (!p.A || (p.seqlen > 0 && (!p.x || !p.dt || !p.B || !p.C || !p.y))) return MAMBA_ERROR_NULL_POINTER;
   Choice c;

@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(G::kThreads) ssd_generic_kernel(const __grid_c
                     : p.initial_state ? p.initial_state + state_rows * p.d_state : nullptr;
   load_widened(h, stride, P, width, h0, p.d_state, h0 ? cols : 0, p.d_state);
 
-  const float a = p.A[head] * kLog2e, bias = p.dt_bias ? p.dt_bias[head] : 0.f;
+  const int of = p.step_head(head);
+  const float a = p.A[of] * kLog2e, bias = p.dt_bias ? p.dt_bias[of] : 0.f;
   double decay_sum = 0.0;
   for (int t0 = begin; t0 < limit; t0 += Q) {
     const int rows = min(Q, limit - t0);
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(G::kThreads) ssd_generic_kernel(const __grid_c
       const int t = threadIdx.x;
       float v = 0.f;
       if (t < rows) {
-        v = to_float(static_cast<const T*>(p.dt)[batch * p.dt_batch + (t0 + t) * p.dt_token + head]) + bias;
+        v = to_float(static_cast<const T*>(p.dt)[batch * p.dt_batch + (t0 + t) * p.dt_token + of]) + bias;
         if (p.dt_softplus) v = softplus<true>(v);
         v = fminf(fmaxf(v, p.dt_min), p.dt_max);
       }
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(G::kThreads) ssd_generic_kernel(const __grid_c
         if (t >= rows || c >= cols) return;
         float acc = v * from_start[t];
         for (int s = 0; s <= t; s++) acc = fmaf(scores[t * kScores + s], x[s * kInput + c], acc);
-        if (p.D) acc = fmaf(p.D[p.d_per_channel ? head * p.headdim + col0 + c : head], x[t * kInput + c], acc);
+        if (p.D) acc = fmaf(p.D[p.d_per_channel ? head * p.headdim + col0 + c : of], x[t * kInput + c], acc);
         if (p.z) acc *= silu(to_float(z_row[(t0 + t) * p.z_token + c]));
         y_row[(t0 + t) * p.y_token + c] = from_float<T>(acc);
       });

@@ -44,7 +44,7 @@ __device__ __forceinline__ void hopper_consume(const ScanArgs& p, const HopperSh
   for_each_item<L, kMode>(p, [&](const Item& at, int first, int last, int row_chunks) {
     const bool active = me.head < at.heads;
     const int64_t head = static_cast<int64_t>(at.batch) * p.nheads + at.head0 + me.head;
-    me.D = active && p.D && !p.d_per_channel ? p.D[at.head0 + me.head] : 0.f;
+    me.D = active && p.D && !p.d_per_channel ? p.D[p.step_head(at.head0 + me.head)] : 0.f;
     // hand_over counts warps from the block's first.
     const auto scratch = [&](int block) { return p.handoff + (static_cast<int64_t>(block) * L::kHeads - 1) * kSize; };
     if (kMode == kStream && first > 0) {

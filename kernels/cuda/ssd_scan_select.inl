@@ -43,15 +43,15 @@ struct Choice {
     const int by_shared = device().shared_sm / (shared + 1024);
     return device().sms * (by_shared < 1 ? 1 : by_shared < resident ? by_shared : resident);
   }
-  int64_t rows(const mamba_ssd_scan_params& p) const { return static_cast<int64_t>(blocks_x) * p.batch; }
+  int64_t rows(const Call& p) const { return static_cast<int64_t>(blocks_x) * p.batch; }
   // Streaming needs runs of at least a row.
-  bool can_stream(const mamba_ssd_scan_params& p) const { return stream && p.seqlen > 0 && rows(p) >= slots(); }
+  bool can_stream(const Call& p) const { return stream && p.seqlen > 0 && rows(p) >= slots(); }
 };
 
 bool multiple_of_8(int64_t a) { return a % 8 == 0; }
 
 // The tensor-core kernels move 16 bytes at a time.
-bool wide_access(const mamba_ssd_scan_params& p) {
+bool wide_access(const Call& p) {
   const void* pointers[] = {p.x, p.B, p.C, p.y, p.z};
   for (const void* at : pointers)
     if (!aligned(at, 16)) return false;
@@ -62,7 +62,8 @@ bool wide_access(const mamba_ssd_scan_params& p) {
          multiple_of_8(p.z_token_stride);
 }
 
-bool find_plan(const mamba_ssd_scan_params& p, int layout, Plan* plan) {
+bool find_plan(const Call& p, int layout, Plan* plan) {
+  if (p.halves > 0 && layout >= kHopperLayouts) return false;
   if (layout < kHopperLayouts) {
 #ifdef MAMBA_SM90A
     return device().capability == 90 && plan_hopper(p.dtype, p.headdim, p.d_state, layout, plan);
@@ -79,7 +80,7 @@ bool find_plan(const mamba_ssd_scan_params& p, int layout, Plan* plan) {
   }
 }
 
-bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
+bool find_layout(const Call& p, int layout, Choice* out) {
   // Their scores hold log2(dt): no negative steps.
   if (p.dtype == MAMBA_F32 || !wide_access(p) || !(p.dt_min >= 0.f)) return false;
   Plan plan;
@@ -91,7 +92,7 @@ bool find_layout(const mamba_ssd_scan_params& p, int layout, Choice* out) {
   return true;
 }
 
-bool find_generic(const mamba_ssd_scan_params& p, Choice* out) {
+bool find_generic(const Call& p, Choice* out) {
   GenericPlan plan;
   if (!generic_plan(p.dtype, p.d_state, device().shared_block, &plan)) return false;
   out->layout = -1, out->chunk = plan.chunk, out->threads = plan.threads, out->resident = 2048 / plan.threads;
@@ -102,7 +103,7 @@ bool find_generic(const mamba_ssd_scan_params& p, Choice* out) {
 }
 
 // The copy engine wants rows and tokens that do not lie on top of each other.
-bool copyable(const mamba_ssd_scan_params& p) {
+bool copyable(const Call& p) {
   if (p.dtype == MAMBA_F32) return true;
   const int64_t rows[] = {p.x_batch_stride, p.B_batch_stride, p.C_batch_stride, p.y_batch_stride};
   const int64_t tokens[] = {p.x_token_stride, p.B_token_stride, p.C_token_stride, p.y_token_stride};
@@ -111,29 +112,34 @@ bool copyable(const mamba_ssd_scan_params& p) {
   return true;
 }
 
-bool find_two_pass(const mamba_ssd_scan_params& p, Choice* out) {
+bool has_two_pass(int dtype, int headdim, int d_state, TwoPassPlan* plan = nullptr) {
 #ifdef MAMBA_SM90A
-  if (device().capability != 90 || p.seqlen == 0 || !wide_access(p) || !copyable(p) || !(p.dt_min >= 0.f)) return false;
-  if (!plan_two_pass(p.dtype, p.headdim, p.d_state, &out->two_pass)) return false;
-  out->layout = kTwoPass, out->chunk = kTwoPassChunk;
-  return true;
+  TwoPassPlan none;
+  return device().capability == 90 && plan_two_pass(dtype, headdim, d_state, plan ? plan : &none);
 #else
   return false;
 #endif
 }
 
+bool find_two_pass(const Call& p, Choice* out) {
+  if (p.seqlen == 0 || !wide_access(p) || !copyable(p) || !(p.dt_min >= 0.f)) return false;
+  if (!has_two_pass(p.dtype, p.headdim, p.d_state, &out->two_pass)) return false;
+  out->layout = kTwoPass, out->chunk = kTwoPassChunk;
+  return true;
+}
+
 // Pairs of launches: as few as keep the copies of the states within 128 MB. (More of them, for the L2 cache's sake, took
 // longer at every length measured.)
-int two_pass_pieces(const mamba_ssd_scan_params& p, const Choice& c) {
+int two_pass_pieces(const Call& p, const Choice& c) {
   const int64_t row = ceil_div64(p.seqlen, kTwoPassChunk) * p.nheads * c.two_pass.image, most = 128 << 20;
   if (row <= most) return static_cast<int>(ceil_div64(p.batch, most / row));
   return p.batch * static_cast<int>(ceil_div64(row, most));
 }
 
-ScanArgs arguments(const mamba_ssd_scan_params& p, const Choice& c);
+ScanArgs arguments(const Call& p, const Choice& c);
 
 // Rows cut into `pieces`: in one pair of launches only. The second pass makes the final state 16 bytes at a time.
-bool cut_rows(const mamba_ssd_scan_params& p, int pieces, Choice* c) {
+bool cut_rows(const Call& p, int pieces, Choice* c) {
   if (pieces < 2 || two_pass_pieces(p, *c) > 1 || !aligned(p.final_state, 16)) return false;
   if (!cut_two_pass(arguments(p, *c), c->two_pass, pieces, &c->cut)) return false;
   c->layout = kTwoPassCut, c->splits = pieces;
@@ -142,7 +148,7 @@ bool cut_rows(const mamba_ssd_scan_params& p, int pieces, Choice* c) {
 
 // Rows as they are, or cut into as many pieces as promise the least time. Where every row has a block of its own, a cut that promises
 // 7 % or less of the first pass was measured slower (48 heads at 2,048 tokens, 80 at 8,192).
-void choose_cut(const mamba_ssd_scan_params& p, Choice* c) {
+void choose_cut(const Call& p, Choice* c) {
   TwoPassCut whole;
   if (two_pass_pieces(p, *c) > 1 || !cut_two_pass(arguments(p, *c), c->two_pass, 1, &whole)) return;
   double least = whole.time;
@@ -157,7 +163,7 @@ void choose_cut(const mamba_ssd_scan_params& p, Choice* c) {
 
 // A model of the time, in tokens of one block: whole waves of blocks, the state-only pass at its measured share of a
 // full chunk, and a constant for each launch.
-double cost(const mamba_ssd_scan_params& p, const Choice& c) {
+double cost(const Call& p, const Choice& c) {
   const int chunks = ceil_div(p.seqlen, c.chunk);
   const double slots = c.slots(), rows = static_cast<double>(c.rows(p));
   if (c.splits == 0) return (rows * chunks / slots + 3.0) * c.chunk;
@@ -172,7 +178,7 @@ double cost(const mamba_ssd_scan_params& p, const Choice& c) {
 }
 
 // The best number of pieces (or streaming) of a layout.
-void choose_splits(const mamba_ssd_scan_params& p, Choice* c, double* least) {
+void choose_splits(const Call& p, Choice* c, double* least) {
   const int chunks = ceil_div(p.seqlen, c->chunk);
   int best = 1;
   *least = INFINITY;
@@ -186,19 +192,19 @@ void choose_splits(const mamba_ssd_scan_params& p, Choice* c, double* least) {
 
 // Microseconds on an H200 of one pass over pairs of heads, by chunks of 64 tokens, and of two passes, by chunks of 128, for 16-bit
 // types; fitted to 32 shapes of headdim 64, d_state 128 and 0.01 to 5 million tokens of a head. Only their order matters.
-double one_pass_us(const mamba_ssd_scan_params& p) {
+double one_pass_us(const Call& p) {
   const double rows = double(p.batch) * p.ngroups * ceil_div(p.nheads / p.ngroups, 2), chunks = ceil_div(p.seqlen, 64);
   const double blocks = rows / device().sms;  // of a multiprocessor; from one on they go on over the ends of rows
   return blocks < 1 ? 2.42 * (chunks + 3) : 2.7 * (blocks * chunks + 3);
 }
-double two_pass_us(const mamba_ssd_scan_params& p) {
+double two_pass_us(const Call& p) {
   const double rows = double(p.batch) * p.nheads / device().sms;  // of a multiprocessor
   const int of_row = ceil_div(p.seqlen, kTwoPassChunk);
   const double chunks = rows * of_row, starts = of_row > 1 ? 0 : fmax(0, rows - 1);  // longer rows are cut into equal runs
   return 5.5 + chunks * (chunks < 30 ? 2.87 : 3.16) + 1.8 * starts;
 }
 
-int find_choice(const mamba_ssd_scan_params& p, Choice* out) {
+int find_choice(const Call& p, Choice* out) {
   if (p.tactic >= 0) {
     const int layout = p.tactic % 16 - 1;
     const bool found = layout < 0                                        ? find_generic(p, out)
@@ -234,7 +240,7 @@ int find_choice(const mamba_ssd_scan_params& p, Choice* out) {
 }
 
 // find_choice, remembered: it takes longer than a launch, and a call needs it twice.
-int choose(const mamba_ssd_scan_params& p, Choice* out) {
+int choose(const Call& p, Choice* out) {
   struct Key {
     int32_t known, device, dtype, batch, seqlen, nheads, headdim, ngroups, d_state, tactic, covered;
   };

@@ -76,14 +76,14 @@ struct ChunkDecay {
 
   __device__ __forceinline__ void fetch(const ScanArgs& p, int batch, int head, int token0, int limit) {
     const int t = token0 + (threadIdx.x & 31) * 4;
-    const T* at = static_cast<const T*>(p.dt) + batch * p.dt_batch + head + t * p.dt_token;
+    const T* at = static_cast<const T*>(p.dt) + batch * p.dt_batch + p.step_head(head) + t * p.dt_token;
 #pragma unroll
     for (int e = 0; e < 4; e++)
       if (t + e < limit) raw[e] = at[e * p.dt_token];
   }
 
   __device__ __forceinline__ void finish(const ScanArgs& p, int head, int token0, int limit) {
-    const float a = p.A[head] * kLog2e, bias = p.dt_bias ? p.dt_bias[head] : 0.f;
+    const float a = p.A[p.step_head(head)] * kLog2e, bias = p.dt_bias ? p.dt_bias[p.step_head(head)] : 0.f;
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int e = 0; e < 4; e++) {

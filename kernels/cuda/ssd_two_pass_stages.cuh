@@ -249,7 +249,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       }
       if (thread < 32) {
         __syncwarp();
-        decay.finish(p, head, at.token0, at.limit), shared.table(stage).make(decay, p.D && !p.d_per_channel ? p.D[head] : 0.f);
+        decay.finish(p, head, at.token0, at.limit), shared.table(stage).make(decay, p.D && !p.d_per_channel ? p.D[p.step_head(head)] : 0.f);
       }
       fence_async_proxy();
       mbarrier_arrive(shared.x_full(stage));
@@ -298,7 +298,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       ChunkDecay<T> decay;
       const int head = at.head0 + i * at.step;
       decay.fetch(p, at.batch, head, at.token0, at.limit);
-      const float D = p.D && !p.d_per_channel ? p.D[head] : 0.f;
+      const float D = p.D && !p.d_per_channel ? p.D[p.step_head(head)] : 0.f;
       free(i);
       decay.finish(p, head, at.token0, at.limit);
       shared.table(i % L::kStages).make(decay, D);

@@ -21,7 +21,7 @@ from kernels import nvrtc
 HERE = Path(__file__).parent
 LIMIT = {torch.float32: 2e-5, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
 POINTERS = "x dt B C z y A D dt_bias initial_state final_state seq_lens"
-SIZES = "batch seqlen nheads ngroups d_state dt_softplus d_per_channel heads_per_block chunks first rest together"
+SIZES = "batch seqlen nheads ngroups d_state dt_softplus d_per_channel halves heads_per_block chunks first rest together"
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: kernels on the CPU, g++ is missing"),
     pytest.mark.slow,
@@ -139,6 +139,8 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
         ((1, 140, 8, 1), torch.float16, 1, 8, 2, "extreme"),
         ((3, 150, 2, 1), torch.float32, 1, 2, 1, "gate ragged"),
         ((1, 140, 8, 1), torch.float32, 1, 4, 1, "extreme"),
+        ((2, 150, 4, 1), torch.bfloat16, 2, 3, 2, "halves"),
+        ((1, 150, 4, 2), torch.float32, 1, 2, 2, "halves gate"),
     ],
     ids=str,
 )
@@ -184,7 +186,12 @@ def check(
     chunks: int, more: str, cut: tuple[int, int, int],
 ) -> None:  # fmt: skip
     inputs = make(*shape, dtype, more)
+    of_steps = [n for n in ("dt", "A", "dt_bias", "D") if "halves" in more and (n != "D" or inputs[n].dim() == 1)]
+    for name in of_steps:  # two heads share them
+        inputs[name] = inputs[name][..., ::2].repeat_interleave(2, -1)
     expected, final = reference(inputs)
+    for name in of_steps:
+        inputs[name] = inputs[name][..., ::2].contiguous()
     if inputs["seq_lens"] is not None:
         for row, length in enumerate(inputs["seq_lens"].tolist()):
             for name in ("x", "dt", "B", "C"):
@@ -197,7 +204,7 @@ def check(
     call.batch, call.seqlen, call.nheads, call.ngroups = shape
     call.d_state = inputs["B"].shape[-1]
     call.dt_softplus, call.d_per_channel = int(inputs["dt_bias"] is not None), int(inputs["D"].dim() == 2)
-    call.heads_per_block, call.chunks = heads, chunks
+    call.halves, call.heads_per_block, call.chunks = int("halves" in more), heads, chunks
     call.first, call.rest, call.together = cut
     library.two_pass(ctypes.byref(call), {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], warpgroups)
     assert error(inputs["y"], expected) < LIMIT[dtype]

@@ -13,7 +13,7 @@ struct Call {
   const float *A, *D, *dt_bias, *initial_state;
   float* final_state;
   const int32_t* seq_lens;
-  int32_t batch, seqlen, nheads, ngroups, d_state, dt_softplus, d_per_channel;
+  int32_t batch, seqlen, nheads, ngroups, d_state, dt_softplus, d_per_channel, halves;
   int32_t heads_per_block, chunks;  // of a block of the second pass; of one pair of launches
   int32_t first, rest, together;    // see TwoPassArgs; first: 0 if rows are not cut, or the run if rest is 0
 };
@@ -26,10 +26,10 @@ template <typename T, int kState, int kWgs> void run(const Call& q) {
   ScanArgs& s = a.scan;
   s.x = q.x, s.dt = q.dt, s.B = q.B, s.C = q.C, s.z = q.z, s.y = q.y, s.A = q.A, s.D = q.D, s.dt_bias = q.dt_bias;
   s.initial_state = q.initial_state, s.final_state = q.final_state, s.seq_lens = q.seq_lens;
-  s.x_token = s.z_token = s.y_token = wide, s.B_token = s.C_token = narrow, s.dt_token = q.nheads;
-  s.x_batch = s.z_batch = s.y_batch = wide * tokens, s.B_batch = s.C_batch = narrow * tokens, s.dt_batch = q.nheads * tokens;
+  s.x_token = s.z_token = s.y_token = wide, s.B_token = s.C_token = narrow, s.dt_token = q.nheads >> q.halves;
+  s.x_batch = s.z_batch = s.y_batch = wide * tokens, s.B_batch = s.C_batch = narrow * tokens, s.dt_batch = s.dt_token * tokens;
   s.batch = q.batch, s.seqlen = q.seqlen, s.nheads = q.nheads, s.headdim = 64, s.ngroups = q.ngroups, s.d_state = kState;
-  s.dt_softplus = q.dt_softplus, s.d_per_channel = q.d_per_channel, s.dt_min = 0.f, s.dt_max = INFINITY;
+  s.dt_softplus = q.dt_softplus, s.d_per_channel = q.d_per_channel, s.halves = q.halves, s.dt_min = 0.f, s.dt_max = INFINITY;
   a.x = {q.x, static_cast<int>(wide), q.seqlen, q.batch, wide, wide * tokens};
   a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C, a.y = a.x, a.y.base = q.y;
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
