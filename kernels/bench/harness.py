@@ -31,8 +31,8 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "--use_fast_math", "--expt-relaxed-constexpr"
 class Row:
     """One measured case. ``work`` is in ``unit`` (G per second is reported), ``bytes`` the least memory traffic.
 
-    ``copy_ms`` is what a copy of as many bytes takes, timed the same way: a launch of a few microseconds never moves them
-    at the bandwidth of a large one.
+    ``copy_ms`` is what a copy of as many bytes takes, timed the same way: a launch of a few microseconds never moves
+    them at the bandwidth of a large one.
     """
 
     op: str
@@ -175,7 +175,8 @@ def table(rows: Sequence[Row]) -> str:
         return "–" if value is None else format(value, form)
 
     unit = rows[0].unit
-    lines = [f"| case | ours ms | peer ms | ratio | {unit} | GB/s | of the floor | copy ms | error ours | error peer | |",
+    head = "| case | ours ms | peer ms | ratio |"
+    lines = [f"{head} {unit} | GB/s | of the floor | copy ms | error ours | error peer | |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for r in rows:
         ratio = None if r.peer_ms is None else r.peer_ms / r.ours_ms

@@ -21,7 +21,9 @@ from kernels import nvrtc
 HERE = Path(__file__).parent
 LIMIT = {torch.float32: 2e-5, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
 POINTERS = "x dt B C z y A D dt_bias initial_state final_state seq_lens"
-SIZES = "batch seqlen nheads ngroups d_state dt_softplus d_per_channel halves heads_per_block chunks first rest together"
+SIZES = (
+    "batch seqlen nheads ngroups d_state dt_softplus d_per_channel halves heads_per_block chunks first rest together"
+)
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: kernels on the CPU, g++ is missing"),
     pytest.mark.slow,
