@@ -115,6 +115,13 @@ class Bundle:
         """Size of all files the manifest lists."""
         return sum(int(entry["bytes"]) for entry in self.manifest.files.values())
 
+    @property
+    def integer_inputs(self) -> bool:
+        """Whether the recipe rounds the input of any linear layer to int8: a runtime may multiply integers."""
+        recipe = self.manifest.quantization or {}
+        parts = [recipe, *recipe.get("layers", {}).values()]
+        return any(part.get("inputs", {}).get("type") == "int8" for part in parts)
+
     def _check_files(self, check: bool, progress: Callable[[int], None] | None) -> None:
         for name, entry in self.manifest.files.items():
             path = self.path / name

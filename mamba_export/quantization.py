@@ -81,7 +81,7 @@ def quantize(
     if state is not None and state not in STATES:
         raise UsageError(f"the state can't be '{state}'", f"one of: {', '.join(STATES)}")
     # ONNX Runtime multiplies by blocks, with zero points; TensorRT has blocks of int4 alone, without.
-    blocks = get_target(target).flavour != "portable"
+    blocks = get_target(target).contrib
     chosen = load_recipe(recipe)
     if state is not None:
         chosen = dataclasses.replace(chosen, state=state)

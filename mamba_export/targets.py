@@ -37,6 +37,11 @@ class Target:
     ssm_layout: Layout = "PN"
     requires: str = ""
 
+    @property
+    def contrib(self) -> bool:
+        """Whether graphs have ONNX Runtime's own ops, of the domain com.microsoft."""
+        return self.flavour != "portable"
+
 
 TARGETS = {
     target.name: target

@@ -41,7 +41,7 @@ def lower(
     passes: list[ir.passes.PassBase] = [LowerOpsPass(target), FoldReshapesPass()]
     if quantize is not None:
         passes.append(quantize)
-    if target.flavour != "portable":
+    if target.contrib:
         passes.append(FuseLinearPass())
     passes += [FoldConstantsPass(), ir.passes.common.RemoveUnusedNodesPass()]
     ir.passes.Sequential(*passes)(model)

@@ -53,7 +53,7 @@ class QuantizePass(ir.passes.InPlacePass):
         super().__init__()
         self.model, self.dtype = model, dtype
         self.float_type, self.torch_dtype = _FLOATS[dtype], _TORCH[dtype]
-        self.contrib = target.flavour != "portable"
+        self.contrib = target.contrib
         self.rows_first = not target.plugins  # TensorRT wants DequantizeLinear right behind a quantized constant
         self.fills: dict[str, Fill] = {}
 
@@ -143,14 +143,31 @@ class QuantizePass(ir.passes.InPlacePass):
         """The matrix [rows, columns] in the type of activations."""
         if matrix.group >= matrix.columns and matrix.kind != "int4":
             q = self._initializer(f"{name}.q", _STORED[matrix.kind], matrix.values.shape, lambda: _raw(matrix.values))
-            return op.DequantizeLinear(q, self._scales(matrix, name, per_row=True), axis=0)
+            scales = self._scales(matrix, name, per_row=True)
+            return op.DequantizeLinear(q, scales, *self._int8_zeros(matrix, name, scales), axis=0)
         padded = matrix.groups * matrix.group
         shape = (matrix.values.shape[0], padded)
         q = self._initializer(f"{name}.q", _STORED[matrix.kind], shape, lambda: _pack_signed(matrix))
-        wide = op.DequantizeLinear(q, self._scales(matrix, name), axis=1, block_size=matrix.group)
+        scales = self._scales(matrix, name)
+        zeros = self._int8_zeros(matrix, name, scales)
+        wide = op.DequantizeLinear(q, scales, *zeros, axis=1, block_size=matrix.group)
         if padded == matrix.columns:
             return wide
         return op.Slice(wide, op.i64([0]), op.i64([matrix.columns]), op.i64([1]))
+
+    def _int8_zeros(self, matrix: Matrix, name: str, scales: ir.Value) -> tuple[ir.Value, ...]:
+        """Zero points of int8, which are 0, where sessions set session.x64quantprecision (see runtime.ort_products).
+
+        It makes a single one for a matrix that has none, and ONNX Runtime's DequantizeLinear wants one beside each
+        scale. It also can't move one tensor twice: each matrix has a view of its own of the same bytes.
+        """
+        if matrix.kind != "int8" or not self.contrib:
+            return ()
+        assert scales.shape is not None
+        shape = tuple(scales.shape.numpy())
+        view = f"zero.{'x'.join(map(str, shape))}/{name.removesuffix('.weight')}"
+        fill = functools.partial(torch.zeros, shape, dtype=torch.uint8)
+        return (self._initializer(view, ir.DataType.INT8, shape, fill),)
 
     def _scales(self, matrix: Matrix, name: str, per_row: bool = False) -> ir.Value:
         dtype = _TORCH[self.dtype]

@@ -16,6 +16,7 @@ from mamba_export.bundle import PREFILL, Bundle
 from mamba_export.errors import EnvironmentProblem
 from mamba_export.extras import require
 from mamba_export.fused_step import OP_TYPE
+from mamba_export.runtime.ort_products import exact_products
 from mamba_export.states import State
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ def make_session(
     scratch memory goes back to the system after each call; a step takes longer for it. Prefill never packs: over
     many tokens it gains nothing, and the mapped pages are shared with the step graph.
 
+    On a CPU whose integer products saturate, bundles with int8 inputs are opened so that theirs are exact: see
+    :mod:`.ort_products`.
+
     ``change`` gets the serialized graph last, and returns another one over the same weights. With ``cuda_graph`` calls
     through one binding are recorded and replayed (see :data:`GRAPH_ID`).
 
@@ -84,6 +88,9 @@ def make_session(
     if low_memory or graph == PREFILL:
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_cpu_mem_arena = not low_memory
+    if device == "cpu":
+        for key, value in exact_products(bundle, low_memory).items():
+            options.add_session_config_entry(key, value)
     operators = _operators(bundle, graph, device, library)
     if operators is not None:
         from mamba_export.plugins import ort_library

@@ -68,6 +68,17 @@ def test_integers_are_stored_as_such(make_quantized: MakeQuantized) -> None:
         assert stored["backbone.layers.2.mixer.in_proj.weight.q"] == kind
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_int8_weights_for_onnx_runtime_have_their_zero_points(make_quantized: MakeQuantized, dtype: str) -> None:
+    """And bundles of them open: in float16 they stay DequantizeLinear, on a CPU without VNNI of unsigned bytes."""
+    graph = onnx.load(make_quantized(recipe="w8a8", dtype=dtype) / STEP, load_external_data=False).graph
+    stored = {i.name: i for i in graph.initializer}
+    rows = [n.input for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored]
+    assert len(rows) == 3 * 6 and len({zero for _, _, zero in rows}) == len(rows)
+    for _, scale, zero in rows:
+        assert stored[zero].data_type == onnx.TensorProto.INT8 and stored[zero].dims == stored[scale].dims
+
+
 @pytest.mark.parametrize(
     ("recipe", "ratio"), [("w8a16", 0.52), ("w8a8", 0.52), ("w4a16-g128", 0.28), ("w4a16-g32", 0.31), ("w4a8", 0.30)]
 )
@@ -103,8 +114,7 @@ def test_the_simulated_model_has_the_perplexity_of_the_graphs(
         states = [torch.zeros(4, *s.shape) for s in state_table(checkpoint.spec, "fp32")]
         logits = model(rows[:, :-1], states)[0]
         wanted = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).exp())
-    # A thousand tokens; the full measurement is benchmarks/quantization.py. With AVX2 alone w8a8 is 6.3e-3 off.
-    assert abs(found / wanted - 1) < 1e-2
+    assert abs(found / wanted - 1) < 4e-3  # a thousand tokens; the full measurement is benchmarks/quantization.py
 
 
 @pytest.mark.parametrize("state", ["int8", "fp16"])
