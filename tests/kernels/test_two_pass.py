@@ -66,6 +66,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     memory = (r"extern __shared__ __align__\(1024\) uint8_t memory\[\];", "uint8_t* memory = emu::smem;")
     fence = (r'asm volatile\("fence.mbarrier_init.*\n', "")
     take("ssd_two_pass_stages.cuh")
+    take("ssd_two_pass_pieces.cuh")
     take("ssd_two_pass_states.cuh", memory, fence)
     take("ssd_two_pass_rows.cuh")
     take("ssd_two_pass_outputs.cuh", memory, fence)
