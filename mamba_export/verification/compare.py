@@ -24,7 +24,7 @@ from mamba_export.extras import require
 from mamba_export.progress import Progress, silent
 from mamba_export.quantized import QuantizedModel
 from mamba_export.runtime.base import Runner
-from mamba_export.verification.report import TOLERANCES, OutputError, Tolerance, VerificationReport
+from mamba_export.verification.report import TOLERANCES, OutputError, VerificationReport
 
 STEPS = 32
 _ORACLE = "checkpoint"
@@ -191,8 +191,8 @@ def _engines_alone(bundle: Bundle, runtime: str, plugin: str | Path | None, prog
 
     runners: dict[str, Runner] = {"": TrtRunner(bundle, runtime, plugin), _ORACLE: OrtRunner(bundle)}
     kind = bundle.manifest.dtype if bundle.manifest.quantization is None else "quantized"
-    report = VerificationReport(f"{runtime} against ONNX Runtime", bundle.manifest.dtype)
-    return _compare(runners, {"": ("", _ORACLE)}, report, TOLERANCES[kind], bundle, progress)
+    report = VerificationReport(f"{runtime} against ONNX Runtime", TOLERANCES[kind])
+    return _compare(runners, {"": ("", _ORACLE)}, report, bundle, progress)
 
 
 def compare_with_checkpoint(
@@ -218,19 +218,17 @@ def compare_with_checkpoint(
     from mamba_export.runtime.torch_runner import TorchRunner
 
     runners = runners if isinstance(runners, dict) else {"": runners}
-    report = VerificationReport(runtime, bundle.manifest.dtype)
-    tolerance = TOLERANCES[bundle.manifest.dtype if quantized is None else "quantized"]
+    report = VerificationReport(runtime, TOLERANCES[bundle.manifest.dtype if quantized is None else "quantized"])
     pairs = {prefix: (prefix, _ORACLE) for prefix in runners} | dict(mutual or {})
     with torch_threads(checkpoint.n_parameters):
         oracle = TorchRunner(checkpoint, bundle.manifest.dtype, "fp32", bundle.target.ssm_layout, quantized)
-        return _compare({**runners, _ORACLE: oracle}, pairs, report, tolerance, bundle, progress)
+        return _compare({**runners, _ORACLE: oracle}, pairs, report, bundle, progress)
 
 
 def _compare(
     runners: Mapping[str, Runner],
     pairs: Mapping[str, tuple[str, str]],
     report: VerificationReport,
-    tolerance: Tolerance,
     bundle: Bundle,
     progress: Progress,
 ) -> VerificationReport:
@@ -245,7 +243,7 @@ def _compare(
             def judge(
                 prefix: str, name: str, found: NDArray[Any], wanted: NDArray[Any], walk: str = scenario.name
             ) -> bool:
-                report.errors.append(OutputError.of(prefix + walk, name, found, wanted, tolerance))
+                report.errors.append(OutputError.of(prefix + walk, name, found, wanted, report.tolerance))
                 return report.errors[-1].ok
 
             compare_walks(scenario, runners, pairs, judge)

@@ -75,12 +75,12 @@ class VerificationReport:
 
     Attributes:
         runtime: what ran the bundle, for people.
-        dtype: of the bundle.
+        tolerance: within which every output has to be.
         errors: one entry an output and scenario.
     """
 
     runtime: str
-    dtype: str
+    tolerance: Tolerance
     errors: list[OutputError] = field(default_factory=list)
 
     @property
@@ -118,6 +118,5 @@ class VerificationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, for the manifest."""
-        tolerance = asdict(TOLERANCES[self.dtype])
         rows = [asdict(error) for error in self.errors]
-        return {"ok": self.ok, "runtime": self.runtime, "tolerance": tolerance, "outputs": rows}
+        return {"ok": self.ok, "runtime": self.runtime, "tolerance": asdict(self.tolerance), "outputs": rows}

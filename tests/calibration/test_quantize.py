@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mamba_export.calibration.statistics import load_statistics
 from mamba_export import OrtRunner, export_onnx, generate, perplexity, quantize
 from mamba_export.bundle import STEP, WEIGHTS, Bundle
 from mamba_export.checkpoint import open_checkpoint
+from mamba_export.verification.report import TOLERANCES
 from tests.calibration.conftest import MakeQuantized
 
 RECIPES = ["w8a16", "w8a8", "w4a16-g128", "w4a16-g32", "w4a8", "fp8"]
@@ -33,6 +35,7 @@ CASES += [
 def test_every_recipe_gives_a_verified_bundle(make_quantized: MakeQuantized, recipe: str, target: str) -> None:
     bundle = Bundle(make_quantized(recipe=recipe, target=target))
     assert bundle.manifest.verification is not None and bundle.manifest.verification["ok"]
+    assert bundle.manifest.verification["tolerance"] == dataclasses.asdict(TOLERANCES["quantized"])
     assert bundle.manifest.quantization is not None and bundle.manifest.quantization["name"] == recipe
     assert bundle.manifest.opset == 21
 
