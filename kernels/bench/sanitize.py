@@ -61,9 +61,11 @@ def cases(op: str) -> Iterator[str]:
         for nheads, headdim, d_state, dtype in (
             (3, 64, 128, torch.bfloat16),
             (2, 80, 64, torch.float16),
+            (3, 64, 256, torch.bfloat16),
+            (2, 64, 128, f32),
             (2, 33, 20, f32),
         ):
-            length = 1 if update else 70
+            length = 1 if update else 70 if headdim != 64 else 300
             x, z = (normal(2, length, nheads, headdim, dtype=dtype) for _ in range(2))
             B, C = (normal(2, length, 1, d_state, dtype=dtype) for _ in range(2))
             dt, A = normal(2, length, nheads, dtype=dtype), -torch.rand(nheads, device="cuda")
@@ -76,6 +78,7 @@ def cases(op: str) -> Iterator[str]:
                 for tactic in ssd_state_update_tactics(x, dt, A, B, C, state):
                     ssd_state_update(x, dt, A, B, C, D, bias, state, z, final_state=state, tactic=tactic)
             else:
+                lens = torch.tensor([length, length // 2 - 2], dtype=torch.int32, device="cuda")
                 for tactic in ssd_scan_tactics(x, dt, A, B, C)[:24]:
                     ssd_scan(x, dt, A, B, C, D, z, bias, True, initial_state=state, seq_lens=lens, tactic=tactic)
             yield f"{nheads} heads of {headdim}, {d_state} states, {dtype}"

@@ -76,8 +76,7 @@ __device__ __forceinline__ void hopper_consume(const ScanArgs& p, const HopperSh
         else
           me.chunk(p, at, shared, ring.stage, at.begin + i * L::kChunk);
       }
-      __syncwarp();
-      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.empty(ring.stage));
+      mbarrier_arrive(shared.empty(ring.stage));
       ring.next();
     }
 
@@ -109,7 +108,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_hopper_kernel(const __grid
   if (threadIdx.x == 0) {
     for (int s = 0; s < L::kStages; s++) {
       mbarrier_init(shared.full(s), L::kProducers);
-      mbarrier_init(shared.empty(s), L::kConsumers / 32);
+      mbarrier_init(shared.empty(s), L::kConsumers);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }

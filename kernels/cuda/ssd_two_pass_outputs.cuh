@@ -111,10 +111,7 @@ struct OutputsConsumer : OutputRows<L> {
     const auto end_state = [&] {  // the matrix unit has read it
       wgmma_wait<0>();
       pin(y);
-      if constexpr (kCut) {
-        __syncwarp();
-        if ((threadIdx.x & 31) == 0) mbarrier_arrive_after(shared.state_empty(item % L::kStages), __float_as_uint(y[0][0]));
-      }
+      if constexpr (kCut) mbarrier_arrive_after(shared.state_empty(item % L::kStages), __float_as_uint(y[0][0]));
       item++;
     };
     const auto scale = [&](float by) {
@@ -216,8 +213,7 @@ struct OutputsConsumer : OutputRows<L> {
           y[n][r] = L::kParts == 1 ? fmaf(y[n][r], from, near[n][r]) : y[n][r] * from;
         }
       if constexpr (L::kParts == 2) used |= Base::add_diagonal(y, high, low, x_rows);
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive_after(shared.empty(stage), used);
+      mbarrier_arrive_after(shared.empty(stage), used);
 
       if (__builtin_expect(extras, 0)) {
         const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + token * p.x_token + head * L::kHeadDim;
@@ -260,9 +256,9 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
     if (threadIdx.x == 0) {
       mbarrier_init(shared.ready(), L::kParts == 2 ? L::kProducers : 1), mbarrier_init(shared.landed(), 1);
       for (int s = 0; s < L::kStages; s++) {
-        mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kLoaders : 2);  // 2: the tile and the decays
+        mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kLoaders : 2 * 32);  // the tile and the decays
         mbarrier_init(shared.state_full(s), 1);
-        mbarrier_init(shared.empty(s), L::kConsumers / 32), mbarrier_init(shared.state_empty(s), L::kConsumers / 32);
+        mbarrier_init(shared.empty(s), L::kConsumers), mbarrier_init(shared.state_empty(s), L::kConsumers);
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }

@@ -288,9 +288,9 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
         mbarrier_wait(bar, i & 1);
         clear_rows(shared.x(stage), L::kHeadTiles, rows);
         fence_async_proxy();
-        __syncwarp();
-        if (threadIdx.x == 0) mbarrier_arrive(shared.x_full(stage));
+        __syncwarp();  // nobody waits for `landed` any more when its next phase begins
       }
+      if (clear || threadIdx.x > 0) mbarrier_arrive(shared.x_full(stage));  // if not, lane 0 has, with the bytes
     }
   } else {
 #pragma unroll 1
@@ -302,8 +302,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       free(i);
       decay.finish(p, head, at.token0, at.limit);
       shared.table(i % L::kStages).make(decay, D);
-      __syncwarp();
-      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.x_full(i % L::kStages));
+      mbarrier_arrive(shared.x_full(i % L::kStages));
     }
   }
 }

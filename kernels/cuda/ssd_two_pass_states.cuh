@@ -139,8 +139,7 @@ struct StatesConsumer {
     for (int n = 0; n < L::kAccumulators; n++)
 #pragma unroll
       for (int r = 0; r < 4; r++) h[n][r] = fmaf(decay, h[n][r], added[n][r]);
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) mbarrier_arrive_after(shared.empty(stage), __float_as_uint(decay));
+    mbarrier_arrive_after(shared.empty(stage), __float_as_uint(decay));
     return decay;
   }
 
@@ -224,8 +223,7 @@ __device__ __forceinline__ void states_weigh(const TwoPassArgs& args, const Stat
       }
     }
     fence_async_proxy();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared.weighted(stage));
+    mbarrier_arrive(shared.weighted(stage));
   });
 }
 
@@ -260,8 +258,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
       decay.fetch(p, at.batch, at.head, token0, at.limit);
       free(n);
       make_weights<L>(p, at, shared, n % L::kStages, token0, decay);
-      __syncwarp();
-      if ((threadIdx.x & 31) == 0) mbarrier_arrive(shared.full(n % L::kStages));
+      mbarrier_arrive(shared.full(n % L::kStages));
     });
   } else if constexpr (L::kParts == 2) {
     each_chunk<L, kCut, 1>(args, item, 0, [&](const StatesItem& at, int c, int n) {
@@ -301,10 +298,9 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
         mbarrier_wait(bar, cleared++ & 1);
         clear_rows(shared.B(stage, 0), L::kWgs + L::kHeadTiles, rows);
         fence_async_proxy();
-        __syncwarp();
-        if (threadIdx.x == 0) mbarrier_arrive(shared.full(stage));
       }
-      __syncwarp();
+      if (clear || threadIdx.x > 0) mbarrier_arrive(shared.full(stage));  // if not, lane 0 has, with the bytes
+      __syncwarp();  // nobody waits for `landed` any more when its next phase begins
     });
   }
 }
@@ -316,8 +312,8 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid
   const StatesShared<L> shared{memory};
   if (threadIdx.x == 0) {
     for (int s = 0; s < L::kStages; s++) {
-      mbarrier_init(shared.full(s), (L::kParts == 2 ? L::kLoaders : 1) + 1);  // tiles and weights
-      mbarrier_init(shared.weighted(s), 4), mbarrier_init(shared.empty(s), L::kConsumers / 32);
+      mbarrier_init(shared.full(s), L::kLoaders + 32);  // tiles and weights
+      mbarrier_init(shared.weighted(s), L::kWeighers), mbarrier_init(shared.empty(s), L::kConsumers);
     }
     mbarrier_init(shared.landed(), 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
