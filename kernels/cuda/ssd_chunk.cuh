@@ -15,7 +15,9 @@ struct ScanArgs {
   int64_t x_batch, x_token, dt_batch, dt_token, B_batch, B_token, C_batch, C_token, z_batch, z_token, y_batch, y_token;
   int32_t batch, seqlen, nheads, headdim, ngroups, d_state;
   int32_t dt_softplus, d_per_channel;
-  int32_t halves;  // heads are parts of 64 columns of wider ones: 2^halves of them share dt, A, dt_bias and D by head
+  // Of a head in x, y, z, D by channel and the states: its columns; 1 if two heads of the kernel, its first and its last 64 columns,
+  // are one of the caller's. Both make what lies in both, in the same way.
+  int32_t width, halves;
   float dt_min, dt_max;
   int32_t blocks_x;  // blocks that share a row of the batch
   // The sequence cut into `splits` pieces of whole chunks, equal to within one chunk.
@@ -27,7 +29,13 @@ struct ScanArgs {
   unsigned long long* handed;    // holds `ticket` once that state is there; 0 after it was taken
   unsigned long long ticket;
 
+  __host__ __device__ bool overlap() const { return halves && width < 128; }
+  // The head whose dt, A, dt_bias and D by head a head of the kernel has, and where its columns and its state begin.
   __device__ __forceinline__ int step_head(int head) const { return head >> halves; }
+  __device__ __forceinline__ int column(int head) const { return step_head(head) * width + (head & halves) * (width - 64); }
+  __device__ __forceinline__ int64_t state_at(int batch, int head) const {
+    return (static_cast<int64_t>(batch) * (nheads >> halves) * width + column(head)) * d_state;
+  }
 };
 
 // One block handles kHeads heads of one group; a warp owns kWarpCols columns (of headdim) of one head's state for

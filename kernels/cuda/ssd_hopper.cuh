@@ -75,10 +75,10 @@ struct HopperProducer {
     const int64_t t = token0, group = at.group * L::kState;
     const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + t * p.B_token + group;
     load_tile<Loader, kPieces, 64>(shared.B(s), B, p.B_token, rows, kPieces);
-    const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + at.head0 * 64;
+    const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token;
 #pragma unroll
     for (int head = 0; head < L::kHeads; head++)
-      if (head < at.heads) load_tile<Loader, 8, 64>(shared.x(s, head), x + head * 64, p.x_token, rows, 8);
+      if (head < at.heads) load_tile<Loader, 8, 64>(shared.x(s, head), x + p.column(at.head0 + head), p.x_token, rows, 8);
     if constexpr (!kStateOnly) {
       const T* C = static_cast<const T*>(p.C) + at.batch * p.C_batch + t * p.C_token + group;
       load_tile<Loader, kPieces, 64>(shared.C(s), C, p.C_token, rows, kPieces);
@@ -284,7 +284,7 @@ struct HopperConsumer {
   __device__ __forceinline__ void chunk(const ScanArgs& p, const Item& at, const HopperShared<L>& shared, int s, int token0) {
     const Decays<L> decays = shared.decays(s);
     const uint32_t x_tile = shared.x(s, head), copy = shared.state(head);
-    const int global_head = at.head0 + head, rows = at.limit() - token0;
+    const int column = p.column(at.head0 + head), rows = at.limit() - token0;
     uint32_t scores[4][4], low[4] = {};
     float y[8][4];
     {
@@ -325,11 +325,11 @@ struct HopperConsumer {
 
     const int64_t t = token0;
     if (p.z || p.d_per_channel) {
-      const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + global_head * 64;
-      const T* z = p.z ? static_cast<const T*>(p.z) + at.batch * p.z_batch + t * p.z_token + global_head * 64 : nullptr;
-      finish(p, y, x, z, p.D && p.d_per_channel ? p.D + global_head * 64 : nullptr, rows);
+      const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + column;
+      const T* z = p.z ? static_cast<const T*>(p.z) + at.batch * p.z_batch + t * p.z_token + column : nullptr;
+      finish(p, y, x, z, p.D && p.d_per_channel ? p.D + column : nullptr, rows);
     }
-    store(p, y, static_cast<T*>(p.y) + at.batch * p.y_batch + t * p.y_token + global_head * 64, rows, x_tile);
+    store(p, y, static_cast<T*>(p.y) + at.batch * p.y_batch + t * p.y_token + column, rows, x_tile);
   }
 
   __device__ __forceinline__ void state_chunk(const HopperShared<L>& shared, int s) {

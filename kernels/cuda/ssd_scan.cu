@@ -16,16 +16,20 @@ namespace {
 
 // What was asked for, as the kernels see it.
 struct Call : mamba_ssd_scan_params {
-  int halves = 0;  // see ScanArgs
+  int width = 0, halves = 0;  // see ScanArgs
+  bool overlap() const { return halves && width < 128; }
+  size_t state_bytes() const { return sizeof(float) * batch * (nheads >> halves) * static_cast<size_t>(width) * d_state; }
 };
 
 #include "ssd_scan_select.inl"
 
-// Heads of 128 columns as pairs of heads of 64, where these have the faster kernels: the columns of a head share its step and decay,
-// no more, and lie in x, y, D by channel and states as those of two heads do.
+// Heads of 72 to 128 columns as pairs of heads of 64, where these have the faster kernels: the columns of a head share its step and
+// decay, no more. The halves of fewer than 128 overlap.
 Call as_seen(const mamba_ssd_scan_params& params) {
   Call p = {params};
-  if (p.headdim == 128 && has_two_pass(p.dtype, 64, p.d_state)) p.headdim = 64, p.nheads *= 2, p.halves = 1;
+  p.width = p.headdim;
+  if (p.headdim > 64 && p.headdim <= 128 && multiple_of_8(p.headdim) && has_two_pass(p.dtype, 64, p.d_state))
+    p.headdim = 64, p.nheads *= 2, p.halves = 1;
   return p;
 }
 
@@ -38,11 +42,19 @@ size_t handoff_bytes(const Call& p, const Choice& c) {
   return sizeof(float) * c.heads * static_cast<size_t>(p.headdim) * p.d_state;
 }
 
-size_t workspace_bytes(const Call& p, const Choice& c) {
+// What the kernels keep in the workspace.
+size_t scratch_bytes(const Call& p, const Choice& c) {
   if (c.layout >= kTwoPass) return two_pass_workspace(arguments(p, c), c.two_pass, c.launches(), c.cut);
   if (c.splits == 1) return 0;
   if (c.splits == 0) return c.slots() * (handoff_bytes(p, c) + sizeof(unsigned long long));
   return state_bytes(p, c.splits) + sizeof(float) * p.batch * p.nheads * static_cast<size_t>(c.splits);
+}
+
+// Where overlapping halves begin, if final_state is in the place of initial_state: one half may be done before the other begins.
+size_t initial_at(const Call& p, const Choice& c) { return (scratch_bytes(p, c) + 255) / 256 * 256; }
+
+size_t workspace_bytes(const Call& p, const Choice& c) {
+  return p.overlap() ? initial_at(p, c) + p.state_bytes() : scratch_bytes(p, c);
 }
 
 int check(const mamba_ssd_scan_params& p) {
@@ -76,7 +88,7 @@ ScanArgs arguments(const Call& p, const Choice& c) {
   a.y_batch = p.y_batch_stride, a.y_token = p.y_token_stride;
   a.batch = p.batch, a.seqlen = p.seqlen, a.nheads = p.nheads, a.headdim = p.headdim;
   a.ngroups = p.ngroups, a.d_state = p.d_state;
-  a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel, a.halves = p.halves;
+  a.dt_softplus = p.dt_softplus, a.d_per_channel = p.d_per_channel, a.width = p.width, a.halves = p.halves;
   a.dt_min = p.dt_min, a.dt_max = p.dt_max;
   a.blocks_x = c.blocks_x, a.splits = c.splits;
   if (c.layout >= kTwoPass) return a;
@@ -98,10 +110,11 @@ __global__ void ssd_combine_kernel(ScanArgs p) {
   constexpr int kWidth = sizeof(Vector) / sizeof(float);
   const int64_t size = static_cast<int64_t>(p.headdim) * p.d_state / kWidth;
   const int64_t idx = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, head = blockIdx.y + blockIdx.z * p.nheads;
+  const Vector* initial = reinterpret_cast<const Vector*>(p.initial_state);
   if (idx >= size) return;
   Vector* at = reinterpret_cast<Vector*>(p.split_state) + head * p.splits * size + idx;
   Vector h = {};
-  if (p.initial_state) h = reinterpret_cast<const Vector*>(p.initial_state)[head * size + idx];
+  if (initial) h = initial[p.state_at(blockIdx.z, blockIdx.y) / kWidth + idx];
   float* state = reinterpret_cast<float*>(&h);
   constexpr int kAhead = 8;
   for (int first = 0; first < p.splits; first += kAhead) {
@@ -126,7 +139,14 @@ __global__ void ssd_combine_kernel(ScanArgs p) {
 }
 
 int launch(const Call& p, const Choice& c, cudaStream_t stream) {
-  const ScanArgs a = arguments(p, c);
+  ScanArgs a = arguments(p, c);
+  const auto from = reinterpret_cast<uintptr_t>(p.initial_state), to = reinterpret_cast<uintptr_t>(p.final_state);
+  const size_t state = p.state_bytes();
+  if (p.overlap() && from && to && from < to + state && to < from + state) {
+    void* copy = static_cast<uint8_t*>(p.workspace) + initial_at(p, c);
+    if (cudaMemcpyAsync(copy, p.initial_state, state, cudaMemcpyDeviceToDevice, stream) != cudaSuccess) return MAMBA_ERROR_CUDA;
+    a.initial_state = static_cast<float*>(copy);
+  }
   if (c.layout >= kTwoPass) return two_pass_launch(a, p.dtype, c.two_pass, c.launches(), c.cut, p.workspace, stream);
   if (c.splits == 0) {
     if (!allow_shared(c.stream, c.shared)) return MAMBA_ERROR_CUDA;

@@ -73,18 +73,19 @@ __global__ void __launch_bounds__(G::kThreads) ssd_generic_kernel(const __grid_c
   const int begin = static_cast<int>(chunks * split / p.splits) * Q;
   const int cols = min(P, p.headdim - col0), end = min(p.seqlen, static_cast<int>(chunks * (split + 1) / p.splits) * Q);
   const int len = p.seq_lens ? max(0, min(p.seqlen, p.seq_lens[batch])) : p.seqlen, limit = min(len, end);
-  const int64_t state_rows = (static_cast<int64_t>(batch) * p.nheads + head) * p.headdim + col0;
+  const int col = p.column(head) + col0;  // of the token
+  const int64_t state = p.state_at(batch, head) + static_cast<int64_t>(col0) * p.d_state;
   const int64_t split_rows =
       ((static_cast<int64_t>(batch) * p.nheads + head) * p.splits + split) * p.headdim + col0;
-  const T* x_row = static_cast<const T*>(p.x) + batch * p.x_batch + head * p.headdim + col0;
-  const T* z_row = static_cast<const T*>(p.z) + batch * p.z_batch + head * p.headdim + col0;
+  const T* x_row = static_cast<const T*>(p.x) + batch * p.x_batch + col;
+  const T* z_row = static_cast<const T*>(p.z) + batch * p.z_batch + col;
   const T* B_row = static_cast<const T*>(p.B) + batch * p.B_batch + group * p.d_state;
   const T* C_row = static_cast<const T*>(p.C) + batch * p.C_batch + group * p.d_state;
-  T* y_row = static_cast<T*>(p.y) + batch * p.y_batch + head * p.headdim + col0;
+  T* y_row = static_cast<T*>(p.y) + batch * p.y_batch + col;
 
   const float* h0 = kStateOnly ? nullptr
                     : p.splits > 1 ? p.split_state + split_rows * p.d_state
-                    : p.initial_state ? p.initial_state + state_rows * p.d_state : nullptr;
+                    : p.initial_state ? p.initial_state + state : nullptr;
   load_widened(h, stride, P, width, h0, p.d_state, h0 ? cols : 0, p.d_state);
 
   const int of = p.step_head(head);
@@ -136,7 +137,7 @@ __global__ void __launch_bounds__(G::kThreads) ssd_generic_kernel(const __grid_c
         if (t >= rows || c >= cols) return;
         float acc = v * from_start[t];
         for (int s = 0; s <= t; s++) acc = fmaf(scores[t * kScores + s], x[s * kInput + c], acc);
-        if (p.D) acc = fmaf(p.D[p.d_per_channel ? head * p.headdim + col0 + c : of], x[t * kInput + c], acc);
+        if (p.D) acc = fmaf(p.D[p.d_per_channel ? col + c : of], x[t * kInput + c], acc);
         if (p.z) acc *= silu(to_float(z_row[(t0 + t) * p.z_token + c]));
         y_row[(t0 + t) * p.y_token + c] = from_float<T>(acc);
       });
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(G::kThreads) ssd_generic_kernel(const __grid_c
 
   float* out = kStateOnly                       ? p.split_state + split_rows * p.d_state
                : split == p.splits - 1 ? p.final_state : nullptr;
-  if (out && !kStateOnly) out += state_rows * p.d_state;
+  if (out && !kStateOnly) out += state;
   if (out) {
     for (int idx = threadIdx.x; idx < cols * p.d_state; idx += blockDim.x)
       out[idx] = h[idx / p.d_state * stride + idx % p.d_state];

@@ -60,7 +60,7 @@ __device__ __forceinline__ void hopper_consume(const ScanArgs& p, const HopperSh
     } else if (kMode == kPieces && p.splits > 1 && active) {
       me.h.template move<true>(static_cast<const float*>(p.split_state) + (head * p.splits + blockIdx.y) * kSize, me.warp * 16);
     } else if (kMode != kStates && p.initial_state && active) {
-      me.h.template move<true>(p.initial_state + head * kSize, me.warp * 16);
+      me.h.template move<true>(p.initial_state + p.state_at(at.batch, at.head0 + me.head), me.warp * 16);
     } else {
       me.h.zero();
     }
@@ -90,14 +90,15 @@ __device__ __forceinline__ void hopper_consume(const ScanArgs& p, const HopperSh
       consumers_barrier<L>();
       if (thread == 0) *static_cast<volatile unsigned long long*>(p.handed + blockIdx.x) = p.ticket;
     } else if (active && p.final_state && last == row_chunks) {
-      me.h.template move<false>(p.final_state + head * kSize, me.warp * 16);
+      me.h.template move<false>(p.final_state + p.state_at(at.batch, at.head0 + me.head), me.warp * 16);
     }
     // Padding gets zeros.
     using T = typename L::T;
-    T* y = static_cast<T*>(p.y) + at.batch * p.y_batch + at.head0 * 64;
+    T* y = static_cast<T*>(p.y) + at.batch * p.y_batch;
     const int pieces = at.heads * 8, from = max(at.begin, at.len);
     for (int idx = thread; idx < (at.end - from) * pieces; idx += L::kConsumers)
-      *reinterpret_cast<uint4*>(y + (from + idx / pieces) * p.y_token + idx % pieces * 8) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(y + (from + idx / pieces) * p.y_token + p.column(at.head0 + idx % pieces / 8) + idx % 8 * 8) =
+          make_uint4(0, 0, 0, 0);
   });
 }
 

@@ -218,7 +218,9 @@ int find_choice(const Call& p, Choice* out) {
     if (out->splits == 0) return out->can_stream(p) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
     return out->splits == 1 || out->splits <= ceil_div(p.seqlen, out->chunk) ? MAMBA_OK : MAMBA_ERROR_TACTIC;
   }
-  if ((p.dtype == MAMBA_F32 || two_pass_us(p) < one_pass_us(p)) && find_two_pass(p, out)) {
+  Choice hopper;
+  const bool one_pass = find_layout(p, 0, &hopper);
+  if ((!one_pass || two_pass_us(p) < one_pass_us(p)) && find_two_pass(p, out)) {
     out->splits = two_pass_pieces(p, *out);
     choose_cut(p, out);
     return MAMBA_OK;
@@ -242,7 +244,7 @@ int find_choice(const Call& p, Choice* out) {
 // find_choice, remembered: it takes longer than a launch, and a call needs it twice.
 int choose(const Call& p, Choice* out) {
   struct Key {
-    int32_t known, device, dtype, batch, seqlen, nheads, headdim, ngroups, d_state, tactic, covered;
+    int32_t known, device, dtype, batch, seqlen, nheads, headdim, width, ngroups, d_state, tactic, covered;
   };
   struct Entry {
     Key key;
@@ -251,7 +253,7 @@ int choose(const Call& p, Choice* out) {
   };
   thread_local Entry entries[8] = {};
   thread_local int next = 0;
-  Key key = {1, 0, p.dtype, p.batch, p.seqlen, p.nheads, p.headdim, p.ngroups, p.d_state, p.tactic, 0};
+  Key key = {1, 0, p.dtype, p.batch, p.seqlen, p.nheads, p.headdim, p.width, p.ngroups, p.d_state, p.tactic, 0};
   cudaGetDevice(&key.device);
   key.covered = (wide_access(p) && p.dt_min >= 0.f ? 1 : 0) + (copyable(p) ? 2 : 0);
   key.covered += (p.final_state ? 4 : 0) + (aligned(p.final_state, 16) ? 8 : 0);

@@ -60,7 +60,7 @@ int more_blocks(const TwoPassPlan& plan, int64_t rows) { return rows * plan.stat
 
 // In clocks, to compare the ways to cut rows into so many pieces. Measured on an H200: a chunk of the first pass. Guessed: what a
 // cut adds to the second, 1 KB through the L2 cache and a product C h that is waited for.
-double chunk_clocks(const TwoPassPlan::States& states) { return states.blocks_per_head > 1 ? 1500 : 1900; }
+double chunk_clocks(const TwoPassPlan::States& states) { return states.warpgroups > 1 ? 1900 : 1500; }
 constexpr double kCacheClocks = 0.3, kProductClocks = 400;
 
 // In us, to compare numbers of pieces: the first pass and what cutting adds. Fitted to what was measured on an H200, 32 shapes
@@ -71,7 +71,7 @@ struct CutTime {
   double chunk, all, product, end;  // end: of a row's final state
   CutTime(const ScanArgs& a, const TwoPassPlan& plan, const TwoPassPlan::States& states) {
     const bool wide = plan.image > 2 * a.headdim * a.d_state;  // float32
-    chunk = wide ? 2.75 : states.blocks_per_head > 1 ? 0.6 : 0.84, product = wide ? 0.7 : 0.2;
+    chunk = wide ? 2.75 : states.warpgroups > 1 ? 0.84 : 0.6, product = wide ? 0.7 : 0.2;
     end = !a.final_state ? 0 : wide ? 0.1 : 0.053;
     all = 0.0087 * plan.image / 16384;
   }
@@ -167,8 +167,8 @@ bool cut_two_pass(const ScanArgs& a, const TwoPassPlan& plan, int pieces, TwoPas
       }
       break;  // more pieces a block only take longer
     }
-    // More rows than blocks: equal runs, so that none is longer than the others.
-    if (pieces > 2 || rows * states.blocks_per_head < sms) continue;
+    // More rows than blocks: equal runs, so that none is longer than the others. Halves that overlap must be cut in one place.
+    if (pieces > 2 || a.overlap() || rows * states.blocks_per_head < sms) continue;
     const int64_t run = ceil_div64(rows * chunks, sms / states.blocks_per_head), cuts = ceil_div64(rows * chunks, run) - 1;
     const double each = 0.5 * (chunks - 1) * plan.image + 8.0 * a.headdim * a.d_state;
     const double most = run + 0.5 * ceil_div64(run, chunks);
@@ -197,11 +197,12 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int l
   args.carry = reinterpret_cast<float*>(memory + at.carry);
   args.decays = reinterpret_cast<float*>(memory + at.decays), args.ends = reinterpret_cast<float*>(memory + at.ends);
   args.later = cut.pieces - 1, args.rest = cut.rest, args.together = cut.together, args.run = cut.run;
+  const int columns = (a.nheads >> a.halves) * a.width;
   if (dtype != MAMBA_F32 &&
-      !(describe(&args.x, dtype, a.x, a.nheads * a.headdim, a, a.x_token, a.x_batch) &&
+      !(describe(&args.x, dtype, a.x, columns, a, a.x_token, a.x_batch) &&
         describe(&args.B, dtype, a.B, a.ngroups * a.d_state, a, a.B_token, a.B_batch) &&
         describe(&args.C, dtype, a.C, a.ngroups * a.d_state, a, a.C_token, a.C_batch) &&
-        describe(&args.y, dtype, a.y, a.nheads * a.headdim, a, a.y_token, a.y_batch, 16)))
+        describe(&args.y, dtype, a.y, columns, a, a.y_token, a.y_batch, 16)))
     return MAMBA_ERROR_CUDA;
   for (int batch = 0; batch < a.batch; batch += part.rows) {
     for (int chunk = 0; chunk < all; chunk += part.chunks) {

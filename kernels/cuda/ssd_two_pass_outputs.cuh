@@ -100,6 +100,11 @@ struct OutputsConsumer : OutputRows<L> {
       wgmma_wait<0>();
 #pragma unroll
       for (int j = 0; j <= kHalf; j++) pin(products[j]), scores[j].keep(products[j]);
+      if constexpr (L::kLate > 0) {  // there is room for the last stage now
+        const uint32_t used = __float_as_uint(products[0][0][0]);
+        mbarrier_arrive_after(shared.empty(L::kStages - 1), used);
+        if constexpr (kCut) mbarrier_arrive_after(shared.state_empty(L::kStages - 1), used);
+      }
 #pragma unroll
       for (int j = 0; j < 4; j++)
 #pragma unroll
@@ -201,7 +206,7 @@ struct OutputsConsumer : OutputRows<L> {
       wgmma_commit();
 
       if constexpr (L::kParts == 1) {
-        if (i > 0) Base::store(packed, args.y, (head - at.step) * L::kHeadDim, token, at.batch, shared.out(kHalf * 4 + warp));
+        if (i > 0) Base::store(packed, args.y, p.column(head - at.step), token, at.batch, shared.out(kHalf * 4 + warp));
       }
       wgmma_wait<0>();
       pin(y);
@@ -216,9 +221,10 @@ struct OutputsConsumer : OutputRows<L> {
       mbarrier_arrive_after(shared.empty(stage), used);
 
       if (__builtin_expect(extras, 0)) {
-        const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + token * p.x_token + head * L::kHeadDim;
-        const T* z = p.z ? static_cast<const T*>(p.z) + at.batch * p.z_batch + token * p.z_token + head * L::kHeadDim : nullptr;
-        Base::finish(p, y, x, z, p.D && p.d_per_channel ? p.D + head * L::kHeadDim : nullptr, valid);
+        const int column = p.column(head);
+        const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + token * p.x_token + column;
+        const T* z = p.z ? static_cast<const T*>(p.z) + at.batch * p.z_batch + token * p.z_token + column : nullptr;
+        Base::finish(p, y, x, z, p.D && p.d_per_channel ? p.D + column : nullptr, valid);
       }
 #pragma unroll
       for (int half = 0; half < 2; half++)
@@ -227,7 +233,7 @@ struct OutputsConsumer : OutputRows<L> {
           for (int n = 0; n < L::kAccumulators; n++) y[n][2 * half] = y[n][2 * half + 1] = 0.f;
         }
       if constexpr (L::kParts == 2) {
-        T* out = static_cast<T*>(p.y) + at.batch * p.y_batch + token * p.y_token + head * L::kHeadDim;
+        T* out = static_cast<T*>(p.y) + at.batch * p.y_batch + token * p.y_token + p.column(head);
         Base::store_float(y, out, p.y_token, rows);
       } else {
 #pragma unroll
@@ -236,7 +242,7 @@ struct OutputsConsumer : OutputRows<L> {
       }
     } while (++i < at.heads);
     if constexpr (L::kParts == 1) {
-      Base::store(packed, args.y, (at.head0 + (at.heads - 1) * at.step) * L::kHeadDim, token, at.batch, shared.out(kHalf * 4 + warp));
+      Base::store(packed, args.y, p.column(at.head0 + (at.heads - 1) * at.step), token, at.batch, shared.out(kHalf * 4 + warp));
       if (lane == 0) bulk_wait_read();
     }
   }
@@ -256,7 +262,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
     if (threadIdx.x == 0) {
       mbarrier_init(shared.ready(), L::kParts == 2 ? L::kProducers : 1), mbarrier_init(shared.landed(), 1);
       for (int s = 0; s < L::kStages; s++) {
-        mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kLoaders : 2 * 32);  // the tile and the decays
+        mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kProducers : 2 * 32);  // the tile and the decays
         mbarrier_init(shared.state_full(s), 1);
         mbarrier_init(shared.empty(s), L::kConsumers), mbarrier_init(shared.state_empty(s), L::kConsumers);
       }

@@ -36,7 +36,7 @@ using TwoPassKernel = void (*)(TwoPassArgs);
 struct TwoPassPlan {
   struct States {
     TwoPassKernel kernels[2];  // for whole rows, for cut ones
-    int blocks_per_head, threads, shared;
+    int blocks_per_head, warpgroups, threads, shared;  // warpgroups: of consumers
   } states[2];  // fewest blocks, most blocks
   TwoPassKernel outputs[2];
   int threads, shared;  // of the second pass

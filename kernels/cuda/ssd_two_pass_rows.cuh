@@ -134,11 +134,11 @@ __device__ __forceinline__ OutputsItem outputs_item(const TwoPassArgs& args) {
 template <typename L>
 __device__ __forceinline__ void clear_outputs(const ScanArgs& p, const OutputsItem& at) {
   using T = typename L::T;
-  T* y = static_cast<T*>(p.y) + at.batch * p.y_batch + at.head0 * L::kHeadDim;
+  T* y = static_cast<T*>(p.y) + at.batch * p.y_batch;
   constexpr int kWide = 16 / sizeof(T), kPieces = L::kHeadDim / kWide;
   const int pieces = at.heads * kPieces;
   for (int idx = threadIdx.x; idx < (at.end - at.token0) * pieces; idx += L::kThreads) {
-    const int col = idx % pieces / kPieces * at.step * L::kHeadDim + idx % kPieces * kWide;
+    const int col = p.column(at.head0 + idx % pieces / kPieces * at.step) + idx % kPieces * kWide;
     *reinterpret_cast<uint4*>(y + (at.token0 + idx / pieces) * p.y_token + col) = make_uint4(0, 0, 0, 0);
   }
 }

@@ -8,7 +8,7 @@ namespace {
 
 template <typename L>
 TwoPassPlan::States states_of() {
-  return {{ssd_states_kernel<L, false>, ssd_states_kernel<L, true>}, L::kSplit, L::kThreads, L::kShared};
+  return {{ssd_states_kernel<L, false>, ssd_states_kernel<L, true>}, L::kSplit, L::kWgs, L::kThreads, L::kShared};
 }
 
 // kFew, kMany: warpgroups a block of the first pass, for fewest blocks and for most.
@@ -23,7 +23,10 @@ template <typename T>
 bool plan_for(int headdim, int d_state, TwoPassPlan* plan) {
   if (headdim == 64 && d_state == 128) *plan = plan_of<T, 64, 128, sizeof(T) == 2 ? 2 : 1, 1>();
   if (headdim == 64 && d_state == 64) *plan = plan_of<T, 64, 64, 1, 1>();
-  return headdim == 64 && (d_state == 128 || d_state == 64);
+  if constexpr (sizeof(T) == 2) {  // float32 would need 256 KB for C and B
+    if (headdim == 64 && d_state == 256) *plan = plan_of<T, 64, 256, 2, 1>();
+  }
+  return headdim == 64 && (d_state == 128 || d_state == 64 || (d_state == 256 && sizeof(T) == 2));
 }
 
 }  // namespace

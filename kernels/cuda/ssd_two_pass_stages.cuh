@@ -6,6 +6,12 @@
 namespace mamba {
 namespace ssd {
 
+// Shared memory of so many stages, of which `late` lie where B was and are filled once the scores are made.
+constexpr int outputs_bytes(int states, int stage, int each, int fixed, int stages, int late) {
+  const int behind = late * stage > states ? late * stage : states;
+  return states + (stages - late) * stage + behind + stages * each + fixed;
+}
+
 template <typename T_, int kHeadDim_, int kState_>
 struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_> {
   using Base = TwoPass<T_, kHeadDim_, kState_>;
@@ -16,15 +22,20 @@ struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_> {
   static constexpr int kStates = Base::kParts * Base::kStateTiles * kTileBytes;  // C or B
   static constexpr int kOut = sizeof(T_) == 2 ? kTileBytes : 0;  // where y of 64 columns is put in order
   static constexpr int kTable = (2 * 128 + 8 + 4) * 4 + 4 * (64 + 128) * (Base::kParts == 2 ? 4 : 2);  // bytes of a DecayTable
-  static constexpr int kFixed = 2 * kStates + kOut + 192;
-  static constexpr int kStages = kFixed + 4 * (kStage + kTable) <= 232448   ? 4
-                                 : kFixed + 2 * (kStage + kTable) <= 232448 ? 2
-                                                                            : 1;
-  static constexpr int kLoaders = kProducers / kStages;  // threads that fill a stage, for float32
-  static constexpr int kStageAt = 2 * kStates, kOutAt = kStageAt + kStages * kStage, kTableAt = kOutAt + kOut;
+  static constexpr int kMost = 232448, kFixed = kOut + 192;
+  static constexpr int kStages = outputs_bytes(kStates, kStage, kTable, kFixed, 4, 0) <= kMost ? 4 : 2;
+  static constexpr int kLate = outputs_bytes(kStates, kStage, kTable, kFixed, kStages, 0) <= kMost ? 0 : 1;
+  static constexpr int kEarly = kStages - kLate;
+  static constexpr int kDecayWarps = kStages < 3 ? kStages : 3;  // more would wait for a phase behind the next
+  // C, early stages, B or the late stage.
+  static constexpr int kStageAt = kStates, kSourceAt = kStageAt + kEarly * kStage;
+  static constexpr int kTableAt = outputs_bytes(kStates, kStage, 0, 0, kStages, kLate) + kOut, kOutAt = kTableAt - kOut;
   static constexpr int kBarrierAt = kTableAt + kStages * kTable, kCarriedAt = kBarrierAt + (2 + 4 * kStages) * 8;
   static constexpr int kShared = kBarrierAt + 192;
-  static_assert(kShared <= 232448, "does not fit");
+  static_assert(kShared <= kMost, "does not fit");
+
+  // The phase of a stage's barrier to wait for before the i-th tile: a late stage is given back once more.
+  __device__ __forceinline__ static int free_parity(int i) { return (i / kStages + (i % kStages >= kEarly) + 1) & 1; }
 };
 
 // float16 has few exponents: C B^T is kept divided by 64, and the decays of its columns, times dt, multiplied by it.
@@ -86,7 +97,7 @@ template <typename L>
 struct OutputsShared {
   uint8_t* base;
   __device__ uint32_t C() const { return smem_address(base); }
-  __device__ uint32_t B() const { return C() + L::kStates; }
+  __device__ uint32_t B() const { return C() + L::kSourceAt; }
   __device__ uint32_t x(int s) const { return C() + L::kStageAt + s * L::kStage; }
   __device__ uint32_t state(int s) const { return x(s) + L::kInput; }
   __device__ uint32_t out(int warp) const { return C() + L::kOutAt + warp * 2048; }
@@ -119,7 +130,7 @@ struct StateLoader {
   int item = 0;           // of the ring, the next
   float left[kMaxLater];  // of the copy at the start of later piece i: at its end, or before the chunk; 0: it is not needed
 
-  // For head i, before `load` or `skip`.
+  // For head i, before `load`.
   __device__ __forceinline__ void fetch(const TwoPassArgs& args, const OutputsItem& at, int i) {
     if constexpr (!kCut) return;
     const int row = at.row + i * at.step;
@@ -135,12 +146,6 @@ struct StateLoader {
       if (rest == 0.f || piece >= later) left[piece] = 0.f;
     }
   }
-  // Another thread loads that head.
-  __device__ __forceinline__ void skip() {
-    item++;
-#pragma unroll
-    for (int piece = 0; piece < kMaxLater; piece++) item += left[piece] != 0.f;
-  }
   __device__ __forceinline__ void load(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared, int i) {
     const int row = at.row + i * at.step;
     const uint8_t* images = static_cast<const uint8_t*>(args.states) + static_cast<int64_t>(row) * args.chunks * L::kImage;
@@ -152,7 +157,7 @@ struct StateLoader {
     const RowCut cut(args, row);
     const auto add = [&](int chunk, float carried) {
       const int slot = item % L::kStages;
-      mbarrier_wait(shared.state_empty(slot), (item++ / L::kStages & 1) ^ 1);
+      mbarrier_wait(shared.state_empty(slot), L::free_parity(item++));
       shared.carried(slot) = carried;
       bulk_load(shared.state(slot), images + static_cast<int64_t>(chunk) * L::kImage, L::kImage, shared.state_full(slot));
     };
@@ -173,19 +178,25 @@ __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const Outp
   if (!args.scan.final_state || later == 0) return;
   const unsigned begin = kSize * at.chunk / args.chunks, share = kSize * (at.chunk + 1) / args.chunks - begin;
   const float4* ends = reinterpret_cast<const float4*>(args.ends);
-  float4* states = reinterpret_cast<float4*>(args.scan.final_state) + static_cast<int64_t>(args.batch0) * args.scan.nheads * kSize;
+  const auto head_of = [&](int row) { return at.head0 + row - at.row; };
+  const auto state_of = [&](int row) {
+    return reinterpret_cast<float4*>(args.scan.final_state + args.scan.state_at(at.batch, head_of(row)));
+  };
+  // What lies in both halves of a head is made by the first of them.
+  const int shared_by_halves = (128 - args.scan.width) * (L::kState / 4);
   wait_for_previous();
 #pragma unroll 1
   for (unsigned idx0 = threadIdx.x; idx0 < at.heads * share; idx0 += kBatch * kThreads) {
     float4 v[kBatch];
-    int row[kBatch], place[kBatch];
+    int row[kBatch], place[kBatch];  // in the head's state
     bool cut[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
       const unsigned idx = idx0 + b * kThreads, head = idx / share;
-      row[b] = at.row + head * at.step, place[b] = row[b] * kSize + begin + idx - head * share;
+      row[b] = at.row + head * at.step, place[b] = begin + idx - head * share;
       cut[b] = head < at.heads && (args.run == 0 || RowCut(args, row[b]).later(valid) > 0);
-      if (cut[b]) v[b] = __ldcg(states + place[b]);
+      if ((head_of(row[b]) & args.scan.halves) && place[b] < shared_by_halves) cut[b] = false;
+      if (cut[b]) v[b] = __ldcg(state_of(row[b]) + place[b]);
     }
 #pragma unroll 1
     for (int piece = 0; piece < later; piece++) {
@@ -196,7 +207,7 @@ __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const Outp
       for (int b = 0; b < kBatch; b++)
         if (cut[b]) {
           decay[b] = __ldcg(args.decays + row[b] * (args.chunks + 1) + end);
-          add[b] = __ldcg(ends + row[b] * (args.later - 1) * kSize + piece * kSize + place[b]);
+          add[b] = __ldcg(ends + (row[b] * args.later + piece) * kSize + place[b]);
         }
 #pragma unroll
       for (int b = 0; b < kBatch; b++)
@@ -207,7 +218,7 @@ __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const Outp
     }
 #pragma unroll
     for (int b = 0; b < kBatch; b++)
-      if (cut[b]) states[place[b]] = v[b];
+      if (cut[b]) state_of(row[b])[place[b]] = v[b];
   }
 }
 
@@ -216,15 +227,14 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
   using T = typename L::T;
   const ScanArgs& p = args.scan;
   const int rows = at.limit - at.token0, warp = threadIdx.x / 32;
-  const auto free = [&](int i) { mbarrier_wait(shared.empty(i % L::kStages), (i / L::kStages & 1) ^ 1); };
+  const auto free = [&](int i) { mbarrier_wait(shared.empty(i % L::kStages), L::free_parity(i)); };
   StateLoader<L, kCut> states;
   if constexpr (L::kParts == 2) {
     const int64_t t = at.token0;
-    const int stage = threadIdx.x / L::kLoaders, thread = threadIdx.x % L::kLoaders;
     constexpr int kLow = L::kStateTiles * kTileBytes;
     const T* C = static_cast<const T*>(p.C) + at.batch * p.C_batch + t * p.C_token + at.group * L::kState;
     const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + t * p.B_token + at.group * L::kState;
-    const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token + at.head0 * L::kHeadDim;
+    const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token;
 #pragma unroll 1
     for (int i = 0; i < L::kStateTiles; i++) {
       split_tile<L::kProducers, 4>(shared.C() + i * kTileBytes, kLow, C + i * 64, p.C_token, rows, threadIdx.x);
@@ -233,21 +243,18 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
     fence_async_proxy();
     mbarrier_arrive(shared.ready());
 #pragma unroll 1
-    for (int i = stage; i < at.heads; i += L::kStages) {
+    for (int i = 0; i < at.heads; i++) {
       ChunkDecay<T> decay;
-      const int head = at.head0 + i * at.step;
-      if (thread < 32) decay.fetch(p, at.batch, head, at.token0, at.limit);
+      const int head = at.head0 + i * at.step, stage = i % L::kStages;
+      if (warp == 0) decay.fetch(p, at.batch, head, at.token0, at.limit);
       free(i);
 #pragma unroll
       for (int k = 0; k < L::kHeadTiles; k++)
-        split_tile<L::kLoaders, 4>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + i * at.step * L::kHeadDim + k * 64,
-                                p.x_token, rows, thread);
-      if (i == stage) wait_for_previous();
-      if (thread == 0) {
-        for (int other = max(0, i - L::kStages + 1); kCut && other < i; other++) states.fetch(args, at, other), states.skip();
-        states.fetch(args, at, i), states.load(args, at, shared, i);
-      }
-      if (thread < 32) {
+        split_tile<L::kProducers, 4>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + p.column(head) + k * 64,
+                                     p.x_token, rows, threadIdx.x);
+      if (i == 0) wait_for_previous();
+      if (threadIdx.x == 0) states.fetch(args, at, i), states.load(args, at, shared, i);
+      if (warp == 0) {
         __syncwarp();
         decay.finish(p, head, at.token0, at.limit), shared.table(stage).make(decay, p.D && !p.d_per_channel ? p.D[p.step_head(head)] : 0.f);
       }
@@ -268,10 +275,11 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       expect_bytes(bar, L::kInput);
 #pragma unroll
       for (int k = 0; k < L::kHeadTiles; k++)
-        tensor_load(shared.x(i % L::kStages) + k * kTileBytes, args.x, (at.head0 + i * at.step) * L::kHeadDim + k * 64, at.token0, at.batch, bar);
+        tensor_load(shared.x(i % L::kStages) + k * kTileBytes, args.x, p.column(at.head0 + i * at.step) + k * 64, at.token0, at.batch,
+                    bar);
     };
     if (!clear && threadIdx.x == 0)  // as many as there are stages, before anything is waited for
-      for (int i = 0; i < min(at.heads, L::kStages); i++) load_x(i, shared.x_full(i));
+      for (int i = 0; i < min(at.heads, L::kEarly); i++) load_x(i, shared.x_full(i));
     wait_for_previous();
 #pragma unroll 1
     for (int i = 0; i < at.heads; i++) {
@@ -280,7 +288,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       if (threadIdx.x == 0) states.fetch(args, at, i);
       free(i);
       if (threadIdx.x == 0) {
-        if (clear || i >= L::kStages) load_x(i, bar);
+        if (clear || i >= L::kEarly) load_x(i, bar);
         states.load(args, at, shared, i);
       }
       __syncwarp();
@@ -292,9 +300,9 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       }
       if (clear || threadIdx.x > 0) mbarrier_arrive(shared.x_full(stage));  // if not, lane 0 has, with the bytes
     }
-  } else {
+  } else if (warp <= L::kDecayWarps) {
 #pragma unroll 1
-    for (int i = warp - 1; i < at.heads; i += 3) {
+    for (int i = warp - 1; i < at.heads; i += L::kDecayWarps) {
       ChunkDecay<T> decay;
       const int head = at.head0 + i * at.step;
       decay.fetch(p, at.batch, head, at.token0, at.limit);

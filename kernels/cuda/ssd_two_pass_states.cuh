@@ -69,9 +69,8 @@ struct StatesConsumer {
   __device__ __forceinline__ void load(const TwoPassArgs& args, const StatesItem& at) {
     const ScanArgs& p = args.scan;
     const float* from = args.chunk0 > 0 ? args.carry : p.initial_state;
-    const int64_t row = args.chunk0 > 0 ? at.batch - args.batch0 : at.batch;
     if (from && at.piece == 0) {
-      from += (row * p.nheads + at.head) * L::kHeadDim * L::kState;
+      from += args.chunk0 > 0 ? at.row * L::kHeadDim * L::kState : p.state_at(at.batch, at.head);
       each(at.part, [&](float& v, int index) { v = __ldcg(from + index); });
     } else {
       each(at.part, [&](float& v, int) { v = 0.f; });
@@ -84,9 +83,11 @@ struct StatesConsumer {
     const bool last = (args.chunk0 + args.chunks) * kTileRows >= p.seqlen;
     float* to = last ? p.final_state : args.carry;
     if (!to || (at.piece > 0 && at.chunks == 0)) return;
-    int64_t index = at.row + (last ? static_cast<int64_t>(args.batch0) * p.nheads : 0);
-    if (at.piece > 0) to = args.ends, index = at.row * args.later + at.piece - 1;
-    to += index * L::kHeadDim * L::kState;
+    constexpr int kSize = L::kHeadDim * L::kState;
+    if (at.piece > 0)
+      to = args.ends + (at.row * args.later + at.piece - 1) * kSize;
+    else
+      to += last ? p.state_at(at.batch, at.head) : at.row * kSize;
     each(at.part, [&](float& v, int index) { to[index] = v; });
   }
 
@@ -265,7 +266,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
       const int64_t t = at.token0 + c * kTileRows;
       const int rows = at.limit - static_cast<int>(t), stage = n % L::kStages, group = at.head / heads_per_group;
       const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + group * L::kState + at.part * L::kWgs * 64;
-      const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + at.head * L::kHeadDim;
+      const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + p.column(at.head);
       free(n);
 #pragma unroll
       for (int wg = 0; wg < L::kWgs; wg++)
@@ -292,7 +293,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
           tensor_load(shared.B(stage, wg), args.B, group * L::kState + (at.part * L::kWgs + wg) * 64, token0, at.batch, bar);
 #pragma unroll
         for (int i = 0; i < L::kHeadTiles; i++)
-          tensor_load(shared.x(stage) + i * kTileBytes, args.x, at.head * L::kHeadDim + i * 64, token0, at.batch, bar);
+          tensor_load(shared.x(stage) + i * kTileBytes, args.x, p.column(at.head) + i * 64, token0, at.batch, bar);
       }
       if (clear) {  // the last chunk of a row
         mbarrier_wait(bar, cleared++ & 1);

@@ -8,7 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from kernels.bench.repeat import repeat, tactics_of  # noqa: E402
+from kernels.bench.repeat import Call, repeat, tactics_of  # noqa: E402
 from kernels.ssd_scan import ssd_scan, ssd_scan_tactics  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
@@ -34,6 +34,12 @@ SHAPES = [
     (2, 300, 6, 128, 2, 128),
     (1, 300, 5, 128, 1, 64),
     (4, 130, 40, 128, 2, 128),  # streams, as heads of 64
+    (2, 300, 6, 80, 2, 128),  # heads of 64 that overlap
+    (1, 257, 5, 96, 1, 64),
+    (4, 130, 40, 80, 2, 128),
+    (2, 300, 6, 64, 2, 256),
+    (1, 700, 3, 128, 1, 256),
+    (1, 301, 70, 80, 1, 256),
     (1, 70, 3, 48, 1, 40),
     (1, 37, 2, 7, 1, 5),
     (9, 130, 64, 64, 2, 128),  # more rows of heads than blocks: streams
@@ -173,9 +179,27 @@ def test_any_split_continues(cut: int) -> None:
     assert error(state, final.double()) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 300, 160, 80, 1, 128), (2, 300, 10, 64, 1, 128)], ids=str)
+def test_state_in_place(shape: tuple[int, ...], dtype: Any) -> None:
+    inputs = make(shape, dtype, seed=4)
+    initial, (expected, final) = inputs["initial_state"], reference(**inputs)
+    for tactic in tactics(inputs):
+        call = Call("ssd_scan", {k: v for k, v in inputs.items() if k != "initial_state"}, None, tactic)
+        call.poison()
+        call.final.copy_(initial)
+        call.params.initial_state = call.params.final_state
+        call.run()
+        assert error(call.y, expected) < tolerance(dtype, tactic), tactic
+        assert error(call.final, final) < tolerance(dtype, tactic), tactic
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_deterministic(dtype: Any) -> None:
-    inputs = make((9, 130, 64, 64, 1, 128), dtype, seed=3)
+@pytest.mark.parametrize(
+    "shape", [(9, 130, 64, 64, 1, 128), (2, 400, 40, 80, 1, 128), (2, 400, 24, 64, 1, 256)], ids=str
+)
+def test_deterministic(shape: tuple[int, ...], dtype: Any) -> None:
+    inputs = make(shape, dtype, seed=3)
     for tactic in tactics(inputs):
         first = run(inputs, tactic)
         for _ in range(3):
@@ -196,6 +220,22 @@ def test_a_kernel_may_need_more_shared_memory_than_before() -> None:
         expected, _ = reference(**inputs)
         for tactic in tactics(inputs):
             assert error(run(inputs, tactic)[0], expected) < tolerance(torch.float32, tactic)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 2048, 24, 64, 1, 64), (1, 1100, 3, 64, 1, 128), (2, 1100, 3, 80, 1, 128), (1, 1100, 5, 64, 1, 256)],
+    ids=str,
+)
+def test_slow_heads(shape: tuple[int, ...], dtype: Any) -> None:
+    """Rows cut in pieces, each of which is still seen by the last."""
+    inputs = make(shape, dtype, seed=12, dt_scale=0.02)
+    expected, final = reference(**inputs)
+    for tactic in tactics(inputs):
+        y, h = run(inputs, tactic)
+        assert error(y, expected) < tolerance(dtype, tactic), tactic
+        assert error(h, final) < tolerance(dtype, tactic), tactic
 
 
 def test_does_not_drift() -> None:

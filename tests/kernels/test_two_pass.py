@@ -22,7 +22,8 @@ HERE = Path(__file__).parent
 LIMIT = {torch.float32: 2e-5, torch.float16: 6e-4, torch.bfloat16: 4.5e-3}
 POINTERS = "x dt B C z y A D dt_bias initial_state final_state seq_lens"
 SIZES = (
-    "batch seqlen nheads ngroups d_state dt_softplus d_per_channel halves heads_per_block chunks first rest together"
+    "batch seqlen nheads ngroups d_state dt_softplus d_per_channel width halves "
+    "heads_per_block chunks first rest together"
 )
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: kernels on the CPU, g++ is missing"),
@@ -78,21 +79,29 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(output))
 
 
+def width_of(more: str) -> int:
+    """Columns of a head; two heads of the kernel, of 64 columns each, are one where there are more."""
+    return 128 if "halves" in more else 80 if "overlap" in more else 64
+
+
 def make(batch: int, seqlen: int, nheads: int, ngroups: int, dtype: torch.dtype, more: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seqlen + nheads)
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)
 
-    d_state = 64 if "half the state" in more else 128
+    d_state = 64 if "half the state" in more else 256 if "twice the state" in more else 128
+    width = width_of(more)
+    nheads = nheads if width == 64 else nheads // 2
     inputs: dict[str, Any] = {
-        "x": normal(batch, seqlen, nheads, 64).to(dtype), "dt": normal(batch, seqlen, nheads).to(dtype),
+        "x": normal(batch, seqlen, nheads, width).to(dtype), "dt": normal(batch, seqlen, nheads).to(dtype),
         "B": normal(batch, seqlen, ngroups, d_state).to(dtype), "C": normal(batch, seqlen, ngroups, d_state).to(dtype),
         "A": -(1 + 15 * torch.rand(nheads, generator=generator)), "D": normal(nheads),
-        "dt_bias": normal(nheads) - 4, "initial_state": normal(batch, nheads, 64, d_state), "z": None, "seq_lens": None,
+        "dt_bias": normal(nheads) - 4, "initial_state": normal(batch, nheads, width, d_state),
+        "z": None, "seq_lens": None,
     }  # fmt: skip
     if "gate" in more:
-        inputs |= {"z": normal(batch, seqlen, nheads, 64).to(dtype), "D": normal(nheads, 64)}
+        inputs |= {"z": normal(batch, seqlen, nheads, width).to(dtype), "D": normal(nheads, width)}
     if "ragged" in more:
         inputs["seq_lens"] = torch.tensor([seqlen, 0, 131, 77, 300, 256][:batch], dtype=torch.int32)
     if "slow" in more:  # the state of the first tokens is still seen by the last
@@ -144,6 +153,12 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
         ((1, 140, 8, 1), torch.float32, 1, 4, 1, "extreme"),
         ((2, 150, 4, 1), torch.bfloat16, 2, 3, 2, "halves"),
         ((1, 150, 4, 2), torch.float32, 1, 2, 2, "halves gate"),
+        ((2, 150, 6, 1), torch.bfloat16, 2, 3, 2, "overlap"),
+        ((3, 150, 4, 1), torch.float16, 1, 4, 1, "overlap gate ragged"),  # in two pairs of launches
+        ((1, 150, 4, 2), torch.float32, 1, 2, 2, "overlap gate"),
+        ((1, 300, 5, 1), torch.bfloat16, 2, 5, 3, "twice the state"),
+        ((3, 150, 4, 2), torch.float16, 1, 2, 1, "twice the state gate ragged"),
+        ((1, 140, 8, 1), torch.float32, 1, 8, 2, "extreme"),  # stages come round four times
     ],
     ids=str,
 )
@@ -174,6 +189,12 @@ def test_matches_float64(
         ((6, 400, 2, 1), torch.float32, 1, 2, (2, 1, 1), "slow gate ragged"),
         ((1, 500, 2, 1), torch.float32, 1, 2, (1, 1, 2), "slow"),
         ((1, 400, 8, 1), torch.float32, 1, 4, (2, 2, 1), "extreme"),
+        ((1, 400, 7, 1), torch.float32, 1, 7, (1, 1, 2), "slow"),
+        ((6, 400, 2, 1), torch.bfloat16, 2, 1, (2, 2, 3), "overlap slow gate ragged"),
+        ((1, 400, 6, 1), torch.float32, 1, 6, (1, 1, 2), "overlap slow"),
+        ((1, 500, 6, 1), torch.bfloat16, 2, 3, (1, 1, 2), "overlap twice the state slow"),
+        ((6, 400, 3, 1), torch.float16, 1, 3, (1, 1, 2), "twice the state slow ragged in place"),
+        ((1, 400, 5, 1), torch.bfloat16, 2, 5, (7, 0, 1), "twice the state slow gate"),
     ],
     ids=str,
 )
@@ -189,12 +210,7 @@ def check(
     chunks: int, more: str, cut: tuple[int, int, int],
 ) -> None:  # fmt: skip
     inputs = make(*shape, dtype, more)
-    of_steps = [n for n in ("dt", "A", "dt_bias", "D") if "halves" in more and (n != "D" or inputs[n].dim() == 1)]
-    for name in of_steps:  # two heads share them
-        inputs[name] = inputs[name][..., ::2].repeat_interleave(2, -1)
     expected, final = reference(inputs)
-    for name in of_steps:
-        inputs[name] = inputs[name][..., ::2].contiguous()
     if inputs["seq_lens"] is not None:
         for row, length in enumerate(inputs["seq_lens"].tolist()):
             for name in ("x", "dt", "B", "C"):
@@ -207,7 +223,8 @@ def check(
     call.batch, call.seqlen, call.nheads, call.ngroups = shape
     call.d_state = inputs["B"].shape[-1]
     call.dt_softplus, call.d_per_channel = int(inputs["dt_bias"] is not None), int(inputs["D"].dim() == 2)
-    call.halves, call.heads_per_block, call.chunks = int("halves" in more), heads, chunks
+    call.width, call.halves = width_of(more), int(width_of(more) > 64)
+    call.heads_per_block, call.chunks = heads, chunks
     call.first, call.rest, call.together = cut
     library.two_pass(ctypes.byref(call), {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], warpgroups)
     assert error(inputs["y"], expected) < LIMIT[dtype]

@@ -13,7 +13,7 @@ struct Call {
   const float *A, *D, *dt_bias, *initial_state;
   float* final_state;
   const int32_t* seq_lens;
-  int32_t batch, seqlen, nheads, ngroups, d_state, dt_softplus, d_per_channel, halves;
+  int32_t batch, seqlen, nheads, ngroups, d_state, dt_softplus, d_per_channel, width, halves;
   int32_t heads_per_block, chunks;  // of a block of the second pass; of one pair of launches
   int32_t first, rest, together;    // see TwoPassArgs; first: 0 if rows are not cut, or the run if rest is 0
 };
@@ -21,7 +21,7 @@ struct Call {
 template <typename T, int kState, int kWgs> void run(const Call& q) {
   using States = StatesLayout<T, 64, kState, kWgs>;
   using Outputs = OutputsLayout<T, 64, kState>;
-  const int64_t wide = q.nheads * 64, narrow = q.ngroups * kState, tokens = q.seqlen;
+  const int64_t wide = (q.nheads >> q.halves) * q.width, narrow = q.ngroups * kState, tokens = q.seqlen;
   TwoPassArgs a = {};
   ScanArgs& s = a.scan;
   s.x = q.x, s.dt = q.dt, s.B = q.B, s.C = q.C, s.z = q.z, s.y = q.y, s.A = q.A, s.D = q.D, s.dt_bias = q.dt_bias;
@@ -29,7 +29,7 @@ template <typename T, int kState, int kWgs> void run(const Call& q) {
   s.x_token = s.z_token = s.y_token = wide, s.B_token = s.C_token = narrow, s.dt_token = q.nheads >> q.halves;
   s.x_batch = s.z_batch = s.y_batch = wide * tokens, s.B_batch = s.C_batch = narrow * tokens, s.dt_batch = s.dt_token * tokens;
   s.batch = q.batch, s.seqlen = q.seqlen, s.nheads = q.nheads, s.headdim = 64, s.ngroups = q.ngroups, s.d_state = kState;
-  s.dt_softplus = q.dt_softplus, s.d_per_channel = q.d_per_channel, s.halves = q.halves, s.dt_min = 0.f, s.dt_max = INFINITY;
+  s.dt_softplus = q.dt_softplus, s.d_per_channel = q.d_per_channel, s.width = q.width, s.halves = q.halves, s.dt_min = 0.f, s.dt_max = INFINITY;
   a.x = {q.x, static_cast<int>(wide), q.seqlen, q.batch, wide, wide * tokens};
   a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C, a.y = a.x, a.y.base = q.y;
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
@@ -57,6 +57,9 @@ template <typename T, int kState, int kWgs> void run(const Call& q) {
 
 template <typename T> void run(const Call& q, int warpgroups) {
   if (q.d_state == 64) return run<T, 64, 1>(q);
+  if constexpr (sizeof(T) == 2) {
+    if (q.d_state == 256) return warpgroups == 2 ? run<T, 256, 2>(q) : run<T, 256, 1>(q);
+  }
   return sizeof(T) == 2 && warpgroups == 2 ? run<T, 128, sizeof(T) == 2 ? 2 : 1>(q) : run<T, 128, 1>(q);
 }
 
