@@ -15,6 +15,8 @@ from .harness import Context, Row, peer_source, relative_error, sets_for, time_m
 
 # batch, nheads, seqlen; headdim 64, d_state 128, one group
 SHAPES = [(1, 24, 2048), (1, 80, 512), (1, 80, 2048), (1, 80, 8192), (1, 80, 65536), (8, 80, 2048)]
+# headdim, d_state, groups; batch 1, 2,048 tokens, 5,120 channels in all (headdim 80: 128 heads)
+SIZES = [(80, 128, 8), (128, 128, 1), (32, 128, 1), (64, 256, 1), (64, 64, 1), (64, 16, 1)]
 TENSOR_FLOPS = 790e12  # dense bfloat16, measured with a large matrix product
 
 
@@ -27,7 +29,10 @@ def load_peer(ctx: Context, name: str) -> Any:
     return importlib.import_module(f"mamba_ssm.ops.triton.{name}")
 
 
-def make(batch: int, nheads: int, seqlen: int, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+def make(
+    batch: int, nheads: int, seqlen: int, dtype: torch.dtype, seed: int, headdim: int = 64, d_state: int = 128,
+    ngroups: int = 1,
+) -> dict[str, Any]:  # fmt: skip
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(*size: int) -> torch.Tensor:
@@ -35,11 +40,11 @@ def make(batch: int, nheads: int, seqlen: int, dtype: torch.dtype, seed: int) ->
 
     step = torch.exp(torch.rand(nheads, generator=generator, device="cuda") * 4.6 - 6.9)
     return {
-        "x": normal(batch, seqlen, nheads, 64).to(dtype),
+        "x": normal(batch, seqlen, nheads, headdim).to(dtype),
         "dt": normal(batch, seqlen, nheads).to(dtype),
         "A": -(1 + 15 * torch.rand(nheads, generator=generator, device="cuda")),
-        "B": normal(batch, seqlen, 1, 128).to(dtype),
-        "C": normal(batch, seqlen, 1, 128).to(dtype),
+        "B": normal(batch, seqlen, ngroups, d_state).to(dtype),
+        "C": normal(batch, seqlen, ngroups, d_state).to(dtype),
         "D": normal(nheads),
         "dt_bias": step + torch.log(-torch.expm1(-step)),
         "dt_softplus": True,
@@ -48,9 +53,10 @@ def make(batch: int, nheads: int, seqlen: int, dtype: torch.dtype, seed: int) ->
 
 def reference(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, dt_softplus: bool) -> Any:
     """float64, in blocks of 128 tokens."""
-    x, B, C, D = x.double(), B.double()[:, :, 0], C.double()[:, :, 0], D.double()
+    x, D = x.double(), D.double()
     dt = torch.nn.functional.softplus(dt.double() + dt_bias.double())
     batch, seqlen, nheads, headdim = x.shape
+    B, C = (t.double().repeat_interleave(nheads // t.shape[2], 2) for t in (B, C))
     state = torch.zeros(batch, nheads, headdim, B.shape[-1], dtype=torch.float64, device=x.device)
     out = torch.empty_like(x)
     for begin in range(0, seqlen, 128):
@@ -59,11 +65,11 @@ def reference(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, dt_
         total = (d * A.double()).cumsum(1)
         causal = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool, device=x.device).tril()[None, :, :, None]
         decay = torch.where(causal, total[:, :, None] - total[:, None], -torch.inf).exp() * d[:, None]
-        scores = torch.einsum("btn,bsn->bts", c, b)[..., None] * decay
+        scores = torch.einsum("bthn,bshn->btsh", c, b) * decay
         out[:, piece] = torch.einsum("btsh,bshp->bthp", scores, u)
-        out[:, piece] += total.exp()[..., None] * torch.einsum("btn,bhpn->bthp", c, state) + D[:, None] * u
+        out[:, piece] += total.exp()[..., None] * torch.einsum("bthn,bhpn->bthp", c, state) + D[:, None] * u
         weights = (total[:, -1:] - total).exp() * d
-        state = total[:, -1].exp()[..., None, None] * state + torch.einsum("bsh,bshp,bsn->bhpn", weights, u, b)
+        state = total[:, -1].exp()[..., None, None] * state + torch.einsum("bsh,bshp,bshn->bhpn", weights, u, b)
     return out
 
 
@@ -73,20 +79,24 @@ def bench(ctx: Context) -> Iterator[Row]:
     def theirs(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, dt_softplus: bool) -> Any:
         return peer(x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus)[0]
 
-    cases = [(shape, torch.bfloat16) for shape in SHAPES] + [
-        ((1, 24, 2048), torch.float16),
-        ((1, 24, 2048), torch.float32),
-    ]
-    for (batch, nheads, seqlen), dtype in cases:
+    plain: tuple[int, int, int] = (64, 128, 1)
+    cases = [(shape, torch.bfloat16, plain) for shape in SHAPES]
+    cases += [((1, 24, 2048), dtype, plain) for dtype in (torch.float16, torch.float32)]
+    cases += [((1, 128 if size[0] == 80 else 80 * 64 // size[0], 2048), torch.bfloat16, size) for size in SIZES]
+    for (batch, nheads, seqlen), dtype, (headdim, d_state, ngroups) in cases:
+        size = {"headdim": headdim, "d_state": d_state, "ngroups": ngroups}
         tokens, width = batch * seqlen, 2 if dtype != torch.float32 else 4
-        traffic = width * tokens * (nheads * (2 * 64 + 1) + 2 * 128)
-        sets = [make(batch, nheads, seqlen, dtype, seed) for seed in range(sets_for(traffic, most=12))]
-        row = Row("ssd_scan", f"{batch}, {nheads}, {seqlen} {str(dtype)[6:]}",
+        traffic = width * tokens * (nheads * (2 * headdim + 1) + 2 * ngroups * d_state)
+        sets = [make(batch, nheads, seqlen, dtype, seed, **size) for seed in range(sets_for(traffic, most=12))]
+        name = f"{batch}, {nheads}, {seqlen} {str(dtype)[6:]}"
+        if (headdim, d_state, ngroups) != plain:
+            name += f", headdim {headdim}, d_state {d_state}, {ngroups} groups".replace("1 groups", "1 group")
+        row = Row("ssd_scan", name,
                   time_ms([partial(ssd_scan, **s, out=torch.empty_like(s["x"])) for s in sets]),
                   time_ms([partial(theirs, **s) for s in sets]),
                   tokens * nheads, "G (t,h)/s", traffic)  # fmt: skip
         # The products any chunked form needs: C h, x^T B and a causal chunk of 64 at least.
-        flops = tokens * nheads * (2 * 2 * 64 * 128 + 2 * 64 * 32)
+        flops = tokens * nheads * (2 * 2 * headdim * d_state + 2 * headdim * 32)
         row.floor_ms = max(traffic / ctx.copy_bandwidth, flops / TENSOR_FLOPS) * 1e3
         if batch * seqlen <= 2048:
             expected = reference(**sets[0])

@@ -32,7 +32,8 @@ struct ScanArgs {
   __host__ __device__ bool overlap() const { return halves && width < 128; }
   // The head whose dt, A, dt_bias and D by head a head of the kernel has, and where its columns and its state begin.
   __device__ __forceinline__ int step_head(int head) const { return head >> halves; }
-  __device__ __forceinline__ int column(int head) const { return step_head(head) * width + (head & halves) * (width - 64); }
+  __device__ __forceinline__ int within(int head) const { return (head & halves) * (width - 64); }  // of the caller's head
+  __device__ __forceinline__ int column(int head) const { return step_head(head) * width + within(head); }
   __device__ __forceinline__ int64_t state_at(int batch, int head) const {
     return (static_cast<int64_t>(batch) * (nheads >> halves) * width + column(head)) * d_state;
   }

@@ -204,6 +204,18 @@ double two_pass_us(const Call& p) {
   return 5.5 + chunks * (chunks < 30 ? 2.87 : 3.16) + 1.8 * starts;
 }
 
+// Where half of the two-pass kernels' tiles or more would be padding (headdim 32, d_state 16), other tensor-core kernels are faster
+// as soon as they stream: on an H200 146 us instead of 192 for (8, 80, 2048) of 16 states, 307 instead of 410 for (8, 160, 2048) of
+// headdim 32; but 111 and 99, 241 and 207 for half as many rows.
+bool half_padding(const Call& p, const Choice& c) {
+  return p.dtype != MAMBA_F32 && 4 * p.headdim * p.d_state <= c.two_pass.image;
+}
+bool any_streams(const Call& p) {
+  for (int layout = kHopperLayouts; layout < kLayouts; layout++)
+    if (Choice c; find_layout(p, layout, &c) && c.can_stream(p)) return true;
+  return false;
+}
+
 int find_choice(const Call& p, Choice* out) {
   if (p.tactic >= 0) {
     const int layout = p.tactic % 16 - 1;
@@ -220,7 +232,7 @@ int find_choice(const Call& p, Choice* out) {
   }
   Choice hopper;
   const bool one_pass = find_layout(p, 0, &hopper);
-  if ((!one_pass || two_pass_us(p) < one_pass_us(p)) && find_two_pass(p, out)) {
+  if ((!one_pass || two_pass_us(p) < one_pass_us(p)) && find_two_pass(p, out) && !(half_padding(p, *out) && any_streams(p))) {
     out->splits = two_pass_pieces(p, *out);
     choose_cut(p, out);
     return MAMBA_OK;

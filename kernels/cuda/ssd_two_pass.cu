@@ -70,7 +70,7 @@ struct CutTime {
   static constexpr double kStart = 2.4;
   double chunk, all, product, end;  // end: of a row's final state
   CutTime(const ScanArgs& a, const TwoPassPlan& plan, const TwoPassPlan::States& states) {
-    const bool wide = plan.image > 2 * a.headdim * a.d_state;  // float32
+    const bool wide = plan.wide;
     chunk = wide ? 2.75 : states.warpgroups > 1 ? 0.84 : 0.6, product = wide ? 0.7 : 0.2;
     end = !a.final_state ? 0 : wide ? 0.1 : 0.053;
     all = 0.0087 * plan.image / 16384;
@@ -86,9 +86,10 @@ struct CutTime {
   }
 };
 
-// Describes [batch, seqlen, columns] to the copy engine, in tiles of `rows` tokens x 64 columns.
-bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const ScanArgs& a, int64_t token, int64_t batch,
-              cuuint32_t rows = kTwoPassChunk) {
+// Describes [batch, seqlen, parts * columns] to the copy engine, in tiles of `rows` tokens x 64 columns, which end where a part ends
+// if they are padded.
+bool describe(CUtensorMap* map, int dtype, const void* at, int columns, int parts, bool padded, const ScanArgs& a, int64_t token,
+              int64_t batch, cuuint32_t rows = kTwoPassChunk) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -98,13 +99,16 @@ bool describe(CUtensorMap* map, int dtype, const void* at, int columns, const Sc
     return ok ? reinterpret_cast<Encode>(entry) : nullptr;
   }();
   if (!encode) return false;
-  if (a.seqlen == 1) token = columns;  // strides of a single row or token may be anything
+  if (a.seqlen == 1) token = static_cast<int64_t>(parts) * columns;  // strides of a single row or token may be anything
   if (a.batch == 1) batch = token * a.seqlen;
-  const cuuint64_t size[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(a.seqlen), static_cast<cuuint64_t>(a.batch)};
-  const cuuint64_t stride[] = {2 * static_cast<cuuint64_t>(token), 2 * static_cast<cuuint64_t>(batch)};
-  const cuuint32_t box[] = {64, rows, 1}, step[] = {1, 1, 1};
+  const cuuint64_t width = columns, seqlen = a.seqlen, rest = parts, rows_of_batch = a.batch;
+  const cuuint64_t token_bytes = 2 * static_cast<cuuint64_t>(token), batch_bytes = 2 * static_cast<cuuint64_t>(batch);
+  const cuuint64_t whole[] = {width * rest, seqlen, rows_of_batch}, whole_stride[] = {token_bytes, batch_bytes};
+  const cuuint64_t of_part[] = {width, seqlen, rest, rows_of_batch}, of_part_stride[] = {token_bytes, 2 * width, batch_bytes};
+  const cuuint64_t *size = padded ? of_part : whole, *stride = padded ? of_part_stride : whole_stride;
+  const cuuint32_t box[] = {64, rows, 1, 1}, step[] = {1, 1, 1, 1};
   const auto type = dtype == MAMBA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode(map, type, 3, const_cast<void*>(at), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+  return encode(map, type, padded ? 4 : 3, const_cast<void*>(at), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -197,12 +201,12 @@ int two_pass_launch(const ScanArgs& a, int dtype, const TwoPassPlan& plan, int l
   args.carry = reinterpret_cast<float*>(memory + at.carry);
   args.decays = reinterpret_cast<float*>(memory + at.decays), args.ends = reinterpret_cast<float*>(memory + at.ends);
   args.later = cut.pieces - 1, args.rest = cut.rest, args.together = cut.together, args.run = cut.run;
-  const int columns = (a.nheads >> a.halves) * a.width;
+  const int heads = a.nheads >> a.halves;
   if (dtype != MAMBA_F32 &&
-      !(describe(&args.x, dtype, a.x, columns, a, a.x_token, a.x_batch) &&
-        describe(&args.B, dtype, a.B, a.ngroups * a.d_state, a, a.B_token, a.B_batch) &&
-        describe(&args.C, dtype, a.C, a.ngroups * a.d_state, a, a.C_token, a.C_batch) &&
-        describe(&args.y, dtype, a.y, columns, a, a.y_token, a.y_batch, 16)))
+      !(describe(&args.x, dtype, a.x, a.width, heads, plan.padded, a, a.x_token, a.x_batch) &&
+        describe(&args.B, dtype, a.B, a.d_state, a.ngroups, plan.padded, a, a.B_token, a.B_batch) &&
+        describe(&args.C, dtype, a.C, a.d_state, a.ngroups, plan.padded, a, a.C_token, a.C_batch) &&
+        describe(&args.y, dtype, a.y, a.width, heads, plan.padded, a, a.y_token, a.y_batch, 16)))
     return MAMBA_ERROR_CUDA;
   for (int batch = 0; batch < a.batch; batch += part.rows) {
     for (int chunk = 0; chunk < all; chunk += part.chunks) {

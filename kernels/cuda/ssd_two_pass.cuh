@@ -32,16 +32,30 @@ struct Operand<float> {
   static constexpr int kParts = 2;
 };
 
+// kPadded: heads may have fewer columns than kHeadDim, states fewer rows than kState (multiples of 8); the rest of a tile is zeros.
 // An image of a state: for each part, for each 64 columns of headdim, rows of d_state, swizzled as Tile<64>.
-template <typename T_, int kHeadDim_, int kState_>
+template <typename T_, int kHeadDim_, int kState_, bool kPadded_>
 struct TwoPass {
   using T = T_;
   using E = typename Operand<T>::Element;
   static constexpr int kParts = Operand<T>::kParts, kHeadDim = kHeadDim_, kState = kState_;
+  static constexpr bool kPadded = kPadded_;
   static constexpr int kHeadTiles = kHeadDim / 64, kStateTiles = kState / 64;
   static constexpr int kStateTile = kState * 128;                  // bytes of 64 columns of headdim
   static constexpr int kImage = kParts * kHeadTiles * kStateTile;  // bytes
   static constexpr int kAccumulators = kHeadDim / 8;               // of four registers
+
+  // Where a head or a group begins for the copy engine, see TwoPassArgs.
+  struct Place {
+    int column, part;
+  };
+  __device__ __forceinline__ static Place head(const ScanArgs& p, int head) {
+    return kPadded ? Place{p.within(head), p.step_head(head)} : Place{p.column(head), 0};
+  }
+  __device__ __forceinline__ static Place group(int group) { return kPadded ? Place{0, group} : Place{group * kState, 0}; }
+
+  __device__ __forceinline__ static int columns(const ScanArgs& p) { return kPadded ? p.headdim : kHeadDim; }
+  __device__ __forceinline__ static int states(const ScanArgs& p) { return kPadded ? p.d_state : kState; }
 };
 
 // Valid tokens of a row of the batch.
@@ -141,12 +155,15 @@ __device__ __forceinline__ void load_shared_16(uint32_t address, uint32_t (&v)[4
 }
 
 // 128 rows of 64 float32 columns into a tile at `dst` (the low parts `low_at` bytes behind), by kThreads threads of which
-// this is number `thread`. Rows from `rows` on become zeros: padding, poisoned or not, never reaches a product.
-template <int kThreads, int kBatch>
-__device__ __forceinline__ void split_tile(uint32_t dst, int low_at, const float* src, int64_t token_stride, int rows, int thread) {
+// this is number `thread`. Rows from `rows` on, and columns from `cols` on if any are padding, become zeros: padding, poisoned
+// or not, never reaches a product.
+template <int kThreads, int kBatch, bool kPadded>
+__device__ __forceinline__ void split_tile(uint32_t dst, int low_at, const float* src, int64_t token_stride, int rows, int cols,
+                                           int thread) {
   constexpr int kStep = kThreads / 8, kPasses = kTileRows / kStep;
   static_assert(kStep % 8 == 0, "rows of a thread share a swizzle");
   const int row = thread / 8, col = thread % 8;
+  if (kPadded && col * 8 >= cols) rows = 0;
   const uint32_t to = dst + Tile<64>::offset(row, col);
   const float* from = src + row * token_stride + col * 8;
 #pragma unroll 1
@@ -174,19 +191,33 @@ __device__ __forceinline__ void expect_bytes(uint64_t* bar, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes) : "memory");
 }
 
-// A tile of 128 tokens x 64 columns by the copy engine; tokens past the end of the row become zeros.
-__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap& map, int col, int token, int batch, uint64_t* bar) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
-      "l"(&map), "r"(col), "r"(token), "r"(batch), "r"(smem_address(bar))
-      : "memory");
+// A tile of 128 tokens x 64 columns by the copy engine; tokens past the end of the row become zeros, and so do columns past that
+// of the part (a head or a group) if any are padding.
+template <bool kPadded>
+__device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap& map, int col, int part, int token, int batch, uint64_t* bar) {
+  if constexpr (kPadded)
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(dst),
+        "l"(&map), "r"(col), "r"(token), "r"(part), "r"(batch), "r"(smem_address(bar))
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
+        "l"(&map), "r"(col), "r"(token), "r"(batch), "r"(smem_address(bar))
+        : "memory");
 }
 
-// A tile out of shared memory, in a bulk group; what lies past the end of the row is not written.
-__device__ __forceinline__ void tensor_store(const CUtensorMap& map, uint32_t src, int col, int token, int batch) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(col), "r"(token),
-               "r"(batch), "r"(src)
-               : "memory");
+// A tile out of shared memory, in a bulk group; what lies past the end of the row, or is padding, is not written.
+template <bool kPadded>
+__device__ __forceinline__ void tensor_store(const CUtensorMap& map, uint32_t src, int col, int part, int token, int batch) {
+  if constexpr (kPadded)
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(col),
+                 "r"(token), "r"(part), "r"(batch), "r"(src)
+                 : "memory");
+  else
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(col), "r"(token),
+                 "r"(batch), "r"(src)
+                 : "memory");
 }
 
 // Zeros in rows from `rows` on of `tiles` tiles, by one warp: padding may hold anything.

@@ -206,7 +206,7 @@ struct OutputsConsumer : OutputRows<L> {
       wgmma_commit();
 
       if constexpr (L::kParts == 1) {
-        if (i > 0) Base::store(packed, args.y, p.column(head - at.step), token, at.batch, shared.out(kHalf * 4 + warp));
+        if (i > 0) Base::store(packed, args.y, L::head(p, head - at.step), token, at.batch, shared.out(kHalf * 4 + warp));
       }
       wgmma_wait<0>();
       pin(y);
@@ -234,7 +234,7 @@ struct OutputsConsumer : OutputRows<L> {
         }
       if constexpr (L::kParts == 2) {
         T* out = static_cast<T*>(p.y) + at.batch * p.y_batch + token * p.y_token + p.column(head);
-        Base::store_float(y, out, p.y_token, rows);
+        Base::store_float(y, out, p.y_token, rows, L::columns(p));
       } else {
 #pragma unroll
         for (int n = 0; n < L::kAccumulators; n++)
@@ -242,7 +242,8 @@ struct OutputsConsumer : OutputRows<L> {
       }
     } while (++i < at.heads);
     if constexpr (L::kParts == 1) {
-      Base::store(packed, args.y, p.column(at.head0 + (at.heads - 1) * at.step), token, at.batch, shared.out(kHalf * 4 + warp));
+      const int last = at.head0 + (at.heads - 1) * at.step;
+      Base::store(packed, args.y, L::head(p, last), token, at.batch, shared.out(kHalf * 4 + warp));
       if (lane == 0) bulk_wait_read();
     }
   }

@@ -11,7 +11,9 @@ namespace ssd {
 constexpr int kTwoPassChunk = 128;  // tokens
 
 struct TwoPassArgs {
-  CUtensorMap x, B, C, y;  // [columns, tokens, batch] in tiles of 128 x 64, y of 16 x 64; unused for float32
+  // [columns, tokens, batch], or of padded kernels [columns of a head or group, tokens, heads or groups, batch], in tiles of 128
+  // tokens x 64 columns, y of 16 x 64; unused for float32.
+  CUtensorMap x, B, C, y;
   ScanArgs scan;
   void* states;  // [batch of this launch, nheads, chunks of this launch]: images of the state, see TwoPass::kImage
   float* carry;  // [batch of this launch, nheads, headdim, d_state]: states between launches
@@ -41,6 +43,7 @@ struct TwoPassPlan {
   TwoPassKernel outputs[2];
   int threads, shared;  // of the second pass
   int image;            // bytes
+  bool wide, padded;    // wide: float32, every operand in two parts; padded: see TwoPass
 };
 
 // How the rows of a launch are cut.

@@ -59,7 +59,9 @@ struct OutputRows {
       float2 skip[2] = {}, in[4] = {}, gate[4] = {};
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const int t = row + e % 2 * 8, at = col + e / 2 * 8;
+        const int t = row + e % 2 * 8;
+        int at = col + e / 2 * 8;
+        if (L::kPadded) at = min(at, L::columns(p) - 2);  // of padding nothing is kept
         if (D && e % 2 == 0) skip[e / 2] = make_float2(D[at], D[at + 1]);
         if (D && t < rows) in[e] = to_float2(*reinterpret_cast<const pair_t<T>*>(x + t * p.x_token + at));
         if (z && t < rows) gate[e] = to_float2(*reinterpret_cast<const pair_t<T>*>(z + t * p.z_token + at));
@@ -83,8 +85,8 @@ struct OutputRows {
 
   // This warp's 16 rows of y, packed, by the copy engine from the warp's own place in shared memory, which a lane waits for first.
   // Rows past the end of the sequence are not written.
-  __device__ __forceinline__ static void store(const uint32_t (&y)[L::kAccumulators][2], const CUtensorMap& map, int col, int token,
-                                               int batch, uint32_t place) {
+  __device__ __forceinline__ static void store(const uint32_t (&y)[L::kAccumulators][2], const CUtensorMap& map, typename L::Place at,
+                                               int token, int batch, uint32_t place) {
     const bool leader = (threadIdx.x & 31) == 0;
 #pragma unroll
     for (int tile = 0; tile < L::kHeadTiles; tile++) {
@@ -96,11 +98,15 @@ struct OutputRows {
                         y[tile * 8 + k + 1][1]);
       fence_async_proxy();
       __syncwarp();
-      if (leader) tensor_store(map, place, col + tile * 64, token, batch), bulk_commit();
+      if (leader) {
+        tensor_store<L::kPadded>(map, place, at.column + tile * 64, at.part, token, batch);
+        bulk_commit();
+      }
     }
   }
 
-  __device__ __forceinline__ static void store_float(const float (&y)[L::kAccumulators][4], float* out, int64_t y_token, int rows) {
+  __device__ __forceinline__ static void store_float(const float (&y)[L::kAccumulators][4], float* out, int64_t y_token, int rows,
+                                                     int cols) {
     const int lane = threadIdx.x & 31;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -108,7 +114,8 @@ struct OutputRows {
       if (t >= rows) continue;
 #pragma unroll
       for (int n = 0; n < L::kAccumulators; n++)
-        *reinterpret_cast<float2*>(out + t * y_token + n * 8 + (lane & 3) * 2) = make_float2(y[n][half * 2], y[n][half * 2 + 1]);
+        if (n * 8 < cols)
+          *reinterpret_cast<float2*>(out + t * y_token + n * 8 + (lane & 3) * 2) = make_float2(y[n][half * 2], y[n][half * 2 + 1]);
     }
   }
 };
@@ -135,10 +142,10 @@ template <typename L>
 __device__ __forceinline__ void clear_outputs(const ScanArgs& p, const OutputsItem& at) {
   using T = typename L::T;
   T* y = static_cast<T*>(p.y) + at.batch * p.y_batch;
-  constexpr int kWide = 16 / sizeof(T), kPieces = L::kHeadDim / kWide;
-  const int pieces = at.heads * kPieces;
+  constexpr int kWide = 16 / sizeof(T);
+  const int of_head = L::columns(p) / kWide, pieces = at.heads * of_head;
   for (int idx = threadIdx.x; idx < (at.end - at.token0) * pieces; idx += L::kThreads) {
-    const int col = p.column(at.head0 + idx % pieces / kPieces * at.step) + idx % kPieces * kWide;
+    const int col = p.column(at.head0 + idx % pieces / of_head * at.step) + idx % of_head * kWide;
     *reinterpret_cast<uint4*>(y + (at.token0 + idx / pieces) * p.y_token + col) = make_uint4(0, 0, 0, 0);
   }
 }

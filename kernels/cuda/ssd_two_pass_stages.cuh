@@ -12,9 +12,9 @@ constexpr int outputs_bytes(int states, int stage, int each, int fixed, int stag
   return states + (stages - late) * stage + behind + stages * each + fixed;
 }
 
-template <typename T_, int kHeadDim_, int kState_>
-struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_> {
-  using Base = TwoPass<T_, kHeadDim_, kState_>;
+template <typename T_, int kHeadDim_, int kState_, bool kPadded_>
+struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_, kPadded_> {
+  using Base = TwoPass<T_, kHeadDim_, kState_, kPadded_>;
   static constexpr int kProducers = 128, kConsumers = 256, kThreads = kProducers + kConsumers;
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
   static constexpr int kInput = Base::kParts * Base::kHeadTiles * kTileBytes;  // x of one head
@@ -172,18 +172,19 @@ struct StateLoader {
 // for its producers, each with kBatch times 16 bytes under way.
 template <typename L>
 __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const OutputsItem& at) {
-  constexpr int kSize = L::kHeadDim * L::kState / 4, kBatch = L::kParts == 2 ? 2 : 4, kThreads = L::kProducers;
+  constexpr int kBatch = L::kParts == 2 ? 2 : 4, kThreads = L::kProducers;
+  const int size = L::columns(args.scan) * L::states(args.scan) / 4;
   const int valid = valid_chunks(args, at.limit);
   const int later = args.run > 0 ? 1 : RowCut(args, at.row).later(valid);  // of a row at most
   if (!args.scan.final_state || later == 0) return;
-  const unsigned begin = kSize * at.chunk / args.chunks, share = kSize * (at.chunk + 1) / args.chunks - begin;
+  const unsigned begin = size * at.chunk / args.chunks, share = size * (at.chunk + 1) / args.chunks - begin;
   const float4* ends = reinterpret_cast<const float4*>(args.ends);
   const auto head_of = [&](int row) { return at.head0 + row - at.row; };
   const auto state_of = [&](int row) {
     return reinterpret_cast<float4*>(args.scan.final_state + args.scan.state_at(at.batch, head_of(row)));
   };
   // What lies in both halves of a head is made by the first of them.
-  const int shared_by_halves = (128 - args.scan.width) * (L::kState / 4);
+  const int shared_by_halves = (128 - args.scan.width) * (L::states(args.scan) / 4);
   wait_for_previous();
 #pragma unroll 1
   for (unsigned idx0 = threadIdx.x; idx0 < at.heads * share; idx0 += kBatch * kThreads) {
@@ -207,7 +208,7 @@ __device__ __forceinline__ void finish_state(const TwoPassArgs& args, const Outp
       for (int b = 0; b < kBatch; b++)
         if (cut[b]) {
           decay[b] = __ldcg(args.decays + row[b] * (args.chunks + 1) + end);
-          add[b] = __ldcg(ends + (row[b] * args.later + piece) * kSize + place[b]);
+          add[b] = __ldcg(ends + (row[b] * args.later + piece) * size + place[b]);
         }
 #pragma unroll
       for (int b = 0; b < kBatch; b++)
@@ -232,13 +233,14 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
   if constexpr (L::kParts == 2) {
     const int64_t t = at.token0;
     constexpr int kLow = L::kStateTiles * kTileBytes;
-    const T* C = static_cast<const T*>(p.C) + at.batch * p.C_batch + t * p.C_token + at.group * L::kState;
-    const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + t * p.B_token + at.group * L::kState;
+    const T* C = static_cast<const T*>(p.C) + at.batch * p.C_batch + t * p.C_token + at.group * L::states(p);
+    const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + t * p.B_token + at.group * L::states(p);
     const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + t * p.x_token;
 #pragma unroll 1
     for (int i = 0; i < L::kStateTiles; i++) {
-      split_tile<L::kProducers, 4>(shared.C() + i * kTileBytes, kLow, C + i * 64, p.C_token, rows, threadIdx.x);
-      split_tile<L::kProducers, 4>(shared.B() + i * kTileBytes, kLow, B + i * 64, p.B_token, rows, threadIdx.x);
+      const int cols = L::states(p) - i * 64;
+      split_tile<L::kProducers, 4, L::kPadded>(shared.C() + i * kTileBytes, kLow, C + i * 64, p.C_token, rows, cols, threadIdx.x);
+      split_tile<L::kProducers, 4, L::kPadded>(shared.B() + i * kTileBytes, kLow, B + i * 64, p.B_token, rows, cols, threadIdx.x);
     }
     fence_async_proxy();
     mbarrier_arrive(shared.ready());
@@ -250,8 +252,8 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
       free(i);
 #pragma unroll
       for (int k = 0; k < L::kHeadTiles; k++)
-        split_tile<L::kProducers, 4>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + p.column(head) + k * 64,
-                                     p.x_token, rows, threadIdx.x);
+        split_tile<L::kProducers, 4, L::kPadded>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + p.column(head) + k * 64,
+                                                 p.x_token, rows, L::columns(p), threadIdx.x);
       if (i == 0) wait_for_previous();
       if (threadIdx.x == 0) states.fetch(args, at, i), states.load(args, at, shared, i);
       if (warp == 0) {
@@ -263,20 +265,23 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
     }
   } else if (warp == 0) {
     if (threadIdx.x == 0) {
+      const auto group = L::group(at.group);
       expect_bytes(shared.ready(), 2 * L::kStates);
 #pragma unroll
       for (int i = 0; i < L::kStateTiles; i++) {
-        tensor_load(shared.C() + i * kTileBytes, args.C, at.group * L::kState + i * 64, at.token0, at.batch, shared.ready());
-        tensor_load(shared.B() + i * kTileBytes, args.B, at.group * L::kState + i * 64, at.token0, at.batch, shared.ready());
+        const int column = group.column + i * 64;
+        tensor_load<L::kPadded>(shared.C() + i * kTileBytes, args.C, column, group.part, at.token0, at.batch, shared.ready());
+        tensor_load<L::kPadded>(shared.B() + i * kTileBytes, args.B, column, group.part, at.token0, at.batch, shared.ready());
       }
     }
     const bool clear = rows < kTileRows && at.limit < p.seqlen;
     const auto load_x = [&](int i, uint64_t* bar) {  // by one thread
+      const auto head = L::head(p, at.head0 + i * at.step);
       expect_bytes(bar, L::kInput);
 #pragma unroll
       for (int k = 0; k < L::kHeadTiles; k++)
-        tensor_load(shared.x(i % L::kStages) + k * kTileBytes, args.x, p.column(at.head0 + i * at.step) + k * 64, at.token0, at.batch,
-                    bar);
+        tensor_load<L::kPadded>(shared.x(i % L::kStages) + k * kTileBytes, args.x, head.column + k * 64, head.part, at.token0, at.batch,
+                                bar);
     };
     if (!clear && threadIdx.x == 0)  // as many as there are stages, before anything is waited for
       for (int i = 0; i < min(at.heads, L::kEarly); i++) load_x(i, shared.x_full(i));

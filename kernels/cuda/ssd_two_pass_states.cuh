@@ -13,9 +13,9 @@
 namespace mamba {
 namespace ssd {
 
-template <typename T_, int kHeadDim_, int kState_, int kWgs_>
-struct StatesLayout : TwoPass<T_, kHeadDim_, kState_> {
-  using Base = TwoPass<T_, kHeadDim_, kState_>;
+template <typename T_, int kHeadDim_, int kState_, bool kPadded_, int kWgs_>
+struct StatesLayout : TwoPass<T_, kHeadDim_, kState_, kPadded_> {
+  using Base = TwoPass<T_, kHeadDim_, kState_, kPadded_>;
   static constexpr int kWgs = kWgs_, kSplit = Base::kStateTiles / kWgs;  // blocks a head
   static constexpr int kProducers = 128, kWeighers = 128, kConsumers = 128 * kWgs;
   static constexpr int kThreads = kProducers + kWeighers + kConsumers;
@@ -53,16 +53,17 @@ struct StatesConsumer {
   int wg, warp;  // warp: within the warpgroup
   float h[L::kAccumulators][4];
 
-  // Walks this thread's pairs (d_state, headdim): visit(first, second, index of the first) with headdim next to each other.
+  // Walks what this thread has of the state: visit(value, its place in the head's [headdim, d_state], or -1 if it is none).
   template <typename Visit>
-  __device__ __forceinline__ void each(int part, Visit visit) {
+  __device__ __forceinline__ void each(const ScanArgs& p, int part, Visit visit) {
     const int lane = threadIdx.x & 31, row = (part * L::kWgs + wg) * 64 + warp * 16 + (lane >> 2);
 #pragma unroll
     for (int n = 0; n < L::kAccumulators; n++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const int at = (n * 8 + (lane & 3) * 2) * L::kState + row + half * 8;
-        visit(h[n][2 * half], at), visit(h[n][2 * half + 1], at + L::kState);
+        const int at = (n * 8 + (lane & 3) * 2) * L::states(p) + row + half * 8;
+        const bool inside = !L::kPadded || (n * 8 < L::columns(p) && row + half * 8 < L::states(p));
+        visit(h[n][2 * half], inside ? at : -1), visit(h[n][2 * half + 1], inside ? at + L::states(p) : -1);
       }
   }
 
@@ -70,10 +71,10 @@ struct StatesConsumer {
     const ScanArgs& p = args.scan;
     const float* from = args.chunk0 > 0 ? args.carry : p.initial_state;
     if (from && at.piece == 0) {
-      from += args.chunk0 > 0 ? at.row * L::kHeadDim * L::kState : p.state_at(at.batch, at.head);
-      each(at.part, [&](float& v, int index) { v = __ldcg(from + index); });
+      from += args.chunk0 > 0 ? at.row * L::columns(p) * L::states(p) : p.state_at(at.batch, at.head);
+      each(p, at.part, [&](float& v, int index) { v = index < 0 ? 0.f : __ldcg(from + index); });
     } else {
-      each(at.part, [&](float& v, int) { v = 0.f; });
+      each(p, at.part, [&](float& v, int) { v = 0.f; });
     }
   }
 
@@ -83,12 +84,14 @@ struct StatesConsumer {
     const bool last = (args.chunk0 + args.chunks) * kTileRows >= p.seqlen;
     float* to = last ? p.final_state : args.carry;
     if (!to || (at.piece > 0 && at.chunks == 0)) return;
-    constexpr int kSize = L::kHeadDim * L::kState;
+    const int64_t size = L::columns(p) * L::states(p);
     if (at.piece > 0)
-      to = args.ends + (at.row * args.later + at.piece - 1) * kSize;
+      to = args.ends + (at.row * args.later + at.piece - 1) * size;
     else
-      to += last ? p.state_at(at.batch, at.head) : at.row * kSize;
-    each(at.part, [&](float& v, int index) { to[index] = v; });
+      to += last ? p.state_at(at.batch, at.head) : at.row * size;
+    each(p, at.part, [&](float& v, int index) {
+      if (index >= 0) to[index] = v;
+    });
   }
 
   // The 16-bit copy of this warp's rows, by way of shared memory.
@@ -265,16 +268,17 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
     each_chunk<L, kCut, 1>(args, item, 0, [&](const StatesItem& at, int c, int n) {
       const int64_t t = at.token0 + c * kTileRows;
       const int rows = at.limit - static_cast<int>(t), stage = n % L::kStages, group = at.head / heads_per_group;
-      const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + group * L::kState + at.part * L::kWgs * 64;
+      const T* B = static_cast<const T*>(p.B) + at.batch * p.B_batch + group * L::states(p) + at.part * L::kWgs * 64;
       const T* x = static_cast<const T*>(p.x) + at.batch * p.x_batch + p.column(at.head);
       free(n);
 #pragma unroll
       for (int wg = 0; wg < L::kWgs; wg++)
-        split_tile<L::kLoaders, 8>(shared.B(stage, wg), L::kWgs * kTileBytes, B + t * p.B_token + wg * 64, p.B_token, rows, threadIdx.x);
+        split_tile<L::kLoaders, 8, L::kPadded>(shared.B(stage, wg), L::kWgs * kTileBytes, B + t * p.B_token + wg * 64, p.B_token, rows,
+                                               L::states(p) - (at.part * L::kWgs + wg) * 64, threadIdx.x);
 #pragma unroll
       for (int i = 0; i < L::kHeadTiles; i++)
-        split_tile<L::kLoaders, 8>(shared.x(stage) + i * kTileBytes, L::kHeadTiles * kTileBytes, x + t * p.x_token + i * 64,
-                                   p.x_token, rows, threadIdx.x);
+        split_tile<L::kLoaders, 8, L::kPadded>(shared.x(stage) + i * kTileBytes, L::kHeadTiles * kTileBytes, x + t * p.x_token + i * 64,
+                                               p.x_token, rows, L::columns(p), threadIdx.x);
       fence_async_proxy();
       mbarrier_arrive(shared.full(stage));
     });
@@ -287,13 +291,15 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
       uint64_t* bar = clear ? shared.landed() : shared.full(stage);
       free(n);
       if (threadIdx.x == 0) {
+        const auto of_B = L::group(group), of_x = L::head(p, at.head);
         expect_bytes(bar, L::kStage);
 #pragma unroll
         for (int wg = 0; wg < L::kWgs; wg++)
-          tensor_load(shared.B(stage, wg), args.B, group * L::kState + (at.part * L::kWgs + wg) * 64, token0, at.batch, bar);
+          tensor_load<L::kPadded>(shared.B(stage, wg), args.B, of_B.column + (at.part * L::kWgs + wg) * 64, of_B.part, token0, at.batch,
+                                  bar);
 #pragma unroll
         for (int i = 0; i < L::kHeadTiles; i++)
-          tensor_load(shared.x(stage) + i * kTileBytes, args.x, p.column(at.head) + i * 64, token0, at.batch, bar);
+          tensor_load<L::kPadded>(shared.x(stage) + i * kTileBytes, args.x, of_x.column + i * 64, of_x.part, token0, at.batch, bar);
       }
       if (clear) {  // the last chunk of a row
         mbarrier_wait(bar, cleared++ & 1);

@@ -60,7 +60,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     take("ssd_two_pass_plan.cuh")
     for name in ("ssd_wgmma.cuh", "early_launch.cuh"):
         (folder / name).write_text('#include "ssd_mma.cuh"\n')
-    take("ssd_two_pass.cuh", (r"(?s)__device__ __forceinline__ void tensor_load.*?(?=// Zeros in rows)", ""),
+    take("ssd_two_pass.cuh", (r"(?s)template <bool kPadded>\n[^\n]*void tensor_load.*?(?=// Zeros in rows)", ""),
          (r"template <int kPending>\n__device__ __forceinline__ void bulk_wait\(\) \{[^}]*\}\n", ""),
          *map(body, ("store_shared_16", "load_shared_16", "expect_bytes", "bulk_load", "bulk_store", "bulk_commit",
                      "bulk_wait_read")))  # fmt: skip
@@ -79,9 +79,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(output))
 
 
-def width_of(more: str) -> int:
-    """Columns of a head; two heads of the kernel, of 64 columns each, are one where there are more."""
-    return 128 if "halves" in more else 80 if "overlap" in more else 64
+def number(more: str, what: str, default: int) -> int:
+    found = re.search(rf"(\d+) {what}", more)
+    return int(found[1]) if found else default
 
 
 def make(batch: int, seqlen: int, nheads: int, ngroups: int, dtype: torch.dtype, more: str) -> dict[str, Any]:
@@ -90,9 +90,8 @@ def make(batch: int, seqlen: int, nheads: int, ngroups: int, dtype: torch.dtype,
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator)
 
-    d_state = 64 if "half the state" in more else 256 if "twice the state" in more else 128
-    width = width_of(more)
-    nheads = nheads if width == 64 else nheads // 2
+    d_state, width = number(more, "states", 128), number(more, "columns", 64)
+    nheads = nheads // 2 if width > 64 else nheads  # two of the kernel are one
     inputs: dict[str, Any] = {
         "x": normal(batch, seqlen, nheads, width).to(dtype), "dt": normal(batch, seqlen, nheads).to(dtype),
         "B": normal(batch, seqlen, ngroups, d_state).to(dtype), "C": normal(batch, seqlen, ngroups, d_state).to(dtype),
@@ -151,14 +150,18 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
         ((1, 140, 8, 1), torch.float16, 1, 8, 2, "extreme"),
         ((3, 150, 2, 1), torch.float32, 1, 2, 1, "gate ragged"),
         ((1, 140, 8, 1), torch.float32, 1, 4, 1, "extreme"),
-        ((2, 150, 4, 1), torch.bfloat16, 2, 3, 2, "halves"),
-        ((1, 150, 4, 2), torch.float32, 1, 2, 2, "halves gate"),
-        ((2, 150, 6, 1), torch.bfloat16, 2, 3, 2, "overlap"),
-        ((3, 150, 4, 1), torch.float16, 1, 4, 1, "overlap gate ragged"),  # in two pairs of launches
-        ((1, 150, 4, 2), torch.float32, 1, 2, 2, "overlap gate"),
-        ((1, 300, 5, 1), torch.bfloat16, 2, 5, 3, "twice the state"),
-        ((3, 150, 4, 2), torch.float16, 1, 2, 1, "twice the state gate ragged"),
+        ((2, 150, 4, 1), torch.bfloat16, 2, 3, 2, "128 columns"),
+        ((1, 150, 4, 2), torch.float32, 1, 2, 2, "128 columns gate"),
+        ((2, 150, 6, 1), torch.bfloat16, 2, 3, 2, "80 columns"),
+        ((3, 150, 4, 1), torch.float16, 1, 4, 1, "80 columns gate ragged"),  # in two pairs of launches
+        ((1, 150, 4, 2), torch.float32, 1, 2, 2, "80 columns gate"),
+        ((1, 300, 5, 1), torch.bfloat16, 2, 5, 3, "256 states"),
+        ((3, 150, 4, 2), torch.float16, 1, 2, 1, "256 states gate ragged"),
         ((1, 140, 8, 1), torch.float32, 1, 8, 2, "extreme"),  # stages come round four times
+        ((2, 150, 6, 2), torch.bfloat16, 2, 3, 2, "32 columns 16 states"),
+        ((3, 150, 4, 2), torch.bfloat16, 2, 2, 1, "40 columns 96 states gate ragged"),
+        ((1, 150, 4, 2), torch.float16, 2, 2, 1, "72 columns 136 states gate"),
+        ((3, 150, 4, 2), torch.float32, 1, 2, 1, "24 columns 72 states gate ragged"),
     ],
     ids=str,
 )
@@ -183,18 +186,21 @@ def test_matches_float64(
         ((1, 400, 5, 1), torch.bfloat16, 2, 3, (7, 0, 1), "slow gate"),  # equal runs of chunks, over the ends of rows
         ((6, 400, 3, 1), torch.float16, 1, 3, (5, 0, 1), "slow ragged in place"),
         ((1, 300, 8, 2), torch.float32, 1, 4, (4, 0, 1), "slow"),
-        ((1, 400, 7, 1), torch.float32, 1, 7, (1, 1, 2), "slow half the state"),  # two groups of loaders
-        ((1, 400, 8, 1), torch.float32, 1, 8, (1, 2, 1), "extreme half the state"),
-        ((3, 400, 3, 1), torch.bfloat16, 1, 3, (2, 1, 1), "slow ragged half the state"),
+        ((1, 400, 7, 1), torch.float32, 1, 7, (1, 1, 2), "slow 64 states"),  # two groups of loaders
+        ((1, 400, 8, 1), torch.float32, 1, 8, (1, 2, 1), "extreme 64 states"),
+        ((3, 400, 3, 1), torch.bfloat16, 1, 3, (2, 1, 1), "slow ragged 64 states"),
         ((6, 400, 2, 1), torch.float32, 1, 2, (2, 1, 1), "slow gate ragged"),
         ((1, 500, 2, 1), torch.float32, 1, 2, (1, 1, 2), "slow"),
         ((1, 400, 8, 1), torch.float32, 1, 4, (2, 2, 1), "extreme"),
         ((1, 400, 7, 1), torch.float32, 1, 7, (1, 1, 2), "slow"),
-        ((6, 400, 2, 1), torch.bfloat16, 2, 1, (2, 2, 3), "overlap slow gate ragged"),
-        ((1, 400, 6, 1), torch.float32, 1, 6, (1, 1, 2), "overlap slow"),
-        ((1, 500, 6, 1), torch.bfloat16, 2, 3, (1, 1, 2), "overlap twice the state slow"),
-        ((6, 400, 3, 1), torch.float16, 1, 3, (1, 1, 2), "twice the state slow ragged in place"),
-        ((1, 400, 5, 1), torch.bfloat16, 2, 5, (7, 0, 1), "twice the state slow gate"),
+        ((6, 400, 3, 1), torch.bfloat16, 1, 3, (1, 1, 2), "48 columns 16 states slow ragged"),
+        ((1, 400, 5, 1), torch.bfloat16, 2, 3, (7, 0, 1), "32 columns 200 states slow gate"),
+        ((1, 400, 8, 2), torch.float32, 1, 4, (1, 1, 2), "88 columns 40 states slow"),
+        ((6, 400, 2, 1), torch.bfloat16, 2, 1, (2, 2, 3), "80 columns slow gate ragged"),
+        ((1, 400, 6, 1), torch.float32, 1, 6, (1, 1, 2), "80 columns slow"),
+        ((1, 500, 6, 1), torch.bfloat16, 2, 3, (1, 1, 2), "80 columns 256 states slow"),
+        ((6, 400, 3, 1), torch.float16, 1, 3, (1, 1, 2), "256 states slow ragged in place"),
+        ((1, 400, 5, 1), torch.bfloat16, 2, 5, (7, 0, 1), "256 states slow gate"),
     ],
     ids=str,
 )
@@ -223,7 +229,8 @@ def check(
     call.batch, call.seqlen, call.nheads, call.ngroups = shape
     call.d_state = inputs["B"].shape[-1]
     call.dt_softplus, call.d_per_channel = int(inputs["dt_bias"] is not None), int(inputs["D"].dim() == 2)
-    call.width, call.halves = width_of(more), int(width_of(more) > 64)
+    call.width = number(more, "columns", 64)
+    call.halves = int(call.width > 64)
     call.heads_per_block, call.chunks = heads, chunks
     call.first, call.rest, call.together = cut
     library.two_pass(ctypes.byref(call), {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], warpgroups)

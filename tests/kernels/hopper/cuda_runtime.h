@@ -85,8 +85,11 @@ inline void settle(Barrier& at) {
 // A tensor map: [batch, tokens, columns] of 16 bits.
 struct Map {
   const void* base;
-  int columns, tokens, batch;
+  int columns, tokens, batch;  // columns: of a head or group
   int64_t token, row;
+  uint16_t* at(int col, int of, int t, int b) const {
+    return static_cast<uint16_t*>(const_cast<void*>(base)) + b * row + t * token + of * columns + col;
+  }
 };
 
 template <typename F> void run(dim3 grid, int threads, F kernel) {

@@ -106,21 +106,22 @@ inline void landed(uint64_t* bar, int bytes) {
   with_barrier(bar, [&](emu::Barrier& at) { at.bytes -= bytes; });
 }
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
-inline void tensor_load(uint32_t dst, const CUtensorMap& map, int col, int token, int batch, uint64_t* bar) {
+template <bool kPadded>
+inline void tensor_load(uint32_t dst, const CUtensorMap& map, int col, int part, int token, int batch, uint64_t* bar) {
   for (int r = 0; r < 128; r++)
     for (int c = 0; c < 64; c++) {
       uint16_t v = 0;
-      if (token + r < map.tokens)
-        std::memcpy(&v, static_cast<const uint16_t*>(map.base) + batch * map.row + (token + r) * map.token + col + c, 2);
+      if (token + r < map.tokens && col + c < map.columns)
+        std::memcpy(&v, map.at(col + c, part, token + r, batch), 2);
       std::memcpy(emu::smem + swizzled(dst + r * 128 + c * 2), &v, 2);
     }
   landed(bar, 128 * 128);
 }
-inline void tensor_store(const CUtensorMap& map, uint32_t src, int col, int token, int batch) {
+template <bool kPadded>
+inline void tensor_store(const CUtensorMap& map, uint32_t src, int col, int part, int token, int batch) {
   for (int r = 0; r < 16 && token + r < map.tokens; r++)
-    for (int c = 0; c < 64; c++)
-      std::memcpy(static_cast<uint16_t*>(const_cast<void*>(map.base)) + batch * map.row + (token + r) * map.token + col + c,
-                  emu::smem + swizzled(src + r * 128 + c * 2), 2);
+    for (int c = 0; c < 64 && col + c < map.columns; c++)
+      std::memcpy(map.at(col + c, part, token + r, batch), emu::smem + swizzled(src + r * 128 + c * 2), 2);
 }
 inline void bulk_load(uint32_t dst, const void* src, int bytes, uint64_t* bar) {
   expect_bytes(bar, bytes);

@@ -18,20 +18,20 @@ struct Call {
   int32_t first, rest, together;    // see TwoPassArgs; first: 0 if rows are not cut, or the run if rest is 0
 };
 
-template <typename T, int kState, int kWgs> void run(const Call& q) {
-  using States = StatesLayout<T, 64, kState, kWgs>;
-  using Outputs = OutputsLayout<T, 64, kState>;
-  const int64_t wide = (q.nheads >> q.halves) * q.width, narrow = q.ngroups * kState, tokens = q.seqlen;
+template <typename T, int kState, int kWgs, bool kPadded> void run_as(const Call& q) {
+  using States = StatesLayout<T, 64, kState, kPadded, kWgs>;
+  using Outputs = OutputsLayout<T, 64, kState, kPadded>;
+  const int64_t wide = (q.nheads >> q.halves) * q.width, narrow = q.ngroups * q.d_state, tokens = q.seqlen;
   TwoPassArgs a = {};
   ScanArgs& s = a.scan;
   s.x = q.x, s.dt = q.dt, s.B = q.B, s.C = q.C, s.z = q.z, s.y = q.y, s.A = q.A, s.D = q.D, s.dt_bias = q.dt_bias;
   s.initial_state = q.initial_state, s.final_state = q.final_state, s.seq_lens = q.seq_lens;
   s.x_token = s.z_token = s.y_token = wide, s.B_token = s.C_token = narrow, s.dt_token = q.nheads >> q.halves;
   s.x_batch = s.z_batch = s.y_batch = wide * tokens, s.B_batch = s.C_batch = narrow * tokens, s.dt_batch = s.dt_token * tokens;
-  s.batch = q.batch, s.seqlen = q.seqlen, s.nheads = q.nheads, s.headdim = 64, s.ngroups = q.ngroups, s.d_state = kState;
+  s.batch = q.batch, s.seqlen = q.seqlen, s.nheads = q.nheads, s.headdim = q.halves ? 64 : q.width, s.ngroups = q.ngroups, s.d_state = q.d_state;
   s.dt_softplus = q.dt_softplus, s.d_per_channel = q.d_per_channel, s.width = q.width, s.halves = q.halves, s.dt_min = 0.f, s.dt_max = INFINITY;
-  a.x = {q.x, static_cast<int>(wide), q.seqlen, q.batch, wide, wide * tokens};
-  a.B = {q.B, static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C, a.y = a.x, a.y.base = q.y;
+  a.x = {q.x, kPadded ? q.width : static_cast<int>(wide), q.seqlen, q.batch, wide, wide * tokens};
+  a.B = {q.B, kPadded ? q.d_state : static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C, a.y = a.x, a.y.base = q.y;
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
   std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * kState, NAN);
   const int all = ceil_div(q.seqlen, kTwoPassChunk), rows = q.batch * q.nheads;
@@ -55,10 +55,17 @@ template <typename T, int kState, int kWgs> void run(const Call& q) {
   }
 }
 
+template <typename T, int kState, int kWgs> void run(const Call& q) {
+  if (q.width < 64 || q.d_state != kState)
+    run_as<T, kState, kWgs, true>(q);
+  else
+    run_as<T, kState, kWgs, false>(q);
+}
+
 template <typename T> void run(const Call& q, int warpgroups) {
-  if (q.d_state == 64) return run<T, 64, 1>(q);
+  if (q.d_state <= 64) return run<T, 64, 1>(q);
   if constexpr (sizeof(T) == 2) {
-    if (q.d_state == 256) return warpgroups == 2 ? run<T, 256, 2>(q) : run<T, 256, 1>(q);
+    if (q.d_state > 128) return warpgroups == 2 ? run<T, 256, 2>(q) : run<T, 256, 1>(q);
   }
   return sizeof(T) == 2 && warpgroups == 2 ? run<T, 128, sizeof(T) == 2 ? 2 : 1>(q) : run<T, 128, 1>(q);
 }
