@@ -44,7 +44,9 @@ typedef struct {
  * differ in heads per block and chunk length. The sequence is cut into `pieces`, with a state-only pass over all but the
  * last; with 0 pieces every block takes an equal run of chunks, over the ends of rows (only where there are more rows
  * than blocks). Layout 6 (Hopper) takes batch and sequence in `pieces`, each in two passes over chunks of 128 tokens; layout 7
- * is the same in one go, with every row cut into `pieces` that the first pass takes side by side.
+ * is the same in one go, with every row cut into `pieces` that the first pass takes side by side. They cover headdim to 128 and
+ * d_state to 256 (float32: 128), multiples of 8; other devices have tensor-core kernels for headdim 32, 64, 80, 128 and
+ * d_state 16, 64, 128, 256 in 16 bits.
  * mamba_ssd_scan_tactics lists those that cover the shape, the selector's choice first. */
 MAMBA_API int mamba_ssd_scan(const mamba_ssd_scan_params* params, mamba_stream stream);
 MAMBA_API size_t mamba_ssd_scan_workspace(const mamba_ssd_scan_params* params);
