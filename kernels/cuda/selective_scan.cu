@@ -57,9 +57,9 @@ bool covers(const Params& p, const Tactic& t);
 
 int channel_rows(const Params& p) { return p.batch * p.ngroups * ceil_div(p.dim / p.ngroups, kChannelWidth); }
 
-// The workspace, where rows are in pieces: this many floats of states; behind them turns, or a sum of dt for every state's channel.
-size_t workspace_states(const Params& p, const Tactic& t) {
-  return kState * (t.in_turn() ? size_t(channel_rows(p)) * kChannelWidth : size_t(p.batch) * t.pieces * p.dim);
+// The workspace, where rows are in pieces: so many channels' states; behind them turns, or a sum of dt for every channel.
+size_t workspace_channels(const Params& p, const Tactic& t) {
+  return t.in_turn() ? size_t(channel_rows(p)) * kChannelWidth : size_t(p.batch) * t.pieces * p.dim;
 }
 
 #include "selective_scan_select.inl"
@@ -78,7 +78,7 @@ template <typename T> Args<T> make_args(const Params& p, const Tactic& tactic) {
   a.pieces = tactic.pieces;
   a.piece_len = ceil_div(ceil_div(p.seqlen, tactic.pieces), 16) * 16;
   a.piece_state = static_cast<float*>(p.workspace);
-  a.piece_dt = a.piece_state + workspace_states(p, tactic);
+  a.piece_dt = a.piece_state + workspace_channels(p, tactic) * p.d_state;
   if (tactic.in_turn()) a.turns = reinterpret_cast<int*>(a.piece_dt);
   return a;
 }
@@ -96,7 +96,7 @@ Tactic chosen(const Params& p) { return p.tactic < 0 ? select(p) : Tactic::from(
 
 bool covers(const Params& p, const Tactic& t) {
   switch (t.kernel) {
-    case Tactic::kGeneric: return t.pieces == 1;
+    case Tactic::kGeneric: return t.pieces >= 1 && !t.copiers;
     case Tactic::kChannel: return p.d_state == kState && t.pieces >= 1;
     case Tactic::kChain:
     case Tactic::kChain4:
@@ -107,8 +107,8 @@ bool covers(const Params& p, const Tactic& t) {
 
 size_t workspace_of(const Params& p, const Tactic& t) {
   if (t.pieces == 1) return 0;
-  const size_t states = workspace_states(p, t);
-  return states * sizeof(float) + (t.in_turn() ? (1 + size_t(channel_rows(p))) * sizeof(int) : states / kState * sizeof(float));
+  const size_t channels = workspace_channels(p, t);
+  return channels * p.d_state * sizeof(float) + (t.in_turn() ? (1 + size_t(channel_rows(p))) * sizeof(int) : channels * sizeof(float));
 }
 
 }  // namespace

@@ -10,6 +10,14 @@ namespace mamba::scan {
 
 constexpr int kState = 16;          // d_state of the fast kernels
 constexpr int kChannelWidth = 128;  // channels and threads of a block of the tactic channel
+constexpr int kGenericThreads = 256, kPerLaneStates = 8;  // of a block and of a lane of the tactic generic
+
+// Lanes of a channel in the tactic generic.
+inline int generic_lanes(int d_state) {
+  int lanes = 1;
+  while (lanes * kPerLaneStates < d_state) lanes *= 2;
+  return lanes;
+}
 
 struct Strides {
   int64_t batch, token;
@@ -27,13 +35,13 @@ template <typename T> struct Args {
   int softplus, reverse;
   int vec;  // every row of u, delta, z, y, B and C starts at a 16-byte boundary
   int pieces, piece_len;
-  float* piece_state;  // [batch, pieces, dim, kState]: state at the end of a piece that started from zero
+  float* piece_state;  // [batch, pieces, dim, d_state]: state at the end of a piece that started from zero
   float* piece_dt;     // [batch, pieces, dim]: sum of dt over the piece, or of so many tokens at its end that no state is left
   int* turns;          // pieces in turn: tickets drawn, then for every row of blocks the pieces done; piece_state: see Turn
 };
 
 // Which kernel, and: chain (two, four or eight lanes a channel): groups of channels in a block, scanning warps of a group,
-// copying warps; channel: pieces of a row, side by side or in turn by so many blocks of a multiprocessor (in copiers).
+// copying warps; channel: pieces of a row, side by side or in turn by so many blocks of a multiprocessor (in copiers); generic: pieces.
 struct Tactic {
   enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kChain4 = 3, kChain8 = 4 };
   int kernel, groups, warps, copiers, pieces;

@@ -3,15 +3,19 @@
 // A channel's states are spread over kLanes lanes of a warp, eight each; time runs in order. dt, dt * u and the
 // float32 B and C of a tile of tokens are prepared once in shared memory; y is summed by shuffles and finished
 // (D, gate) after the tile, again once per element.
+//
+// A row may be cut into pieces, a block each: a first pass makes the state at the end of every piece from zero, and the
+// second starts each piece from what those before it left.
 #pragma once
 
-#include "selective_scan.cuh"
+#include "selective_scan_tiles.cuh"
 
 namespace mamba::scan {
 
-constexpr int kGenericThreads = 256, kGenericTile = 16, kPerLaneStates = 8;
+constexpr int kGenericTile = 16;  // tokens
 
-template <typename T, int kLanes>
+// kEnds: the first pass.
+template <typename T, int kLanes, bool kEnds>
 __global__ void __launch_bounds__(kGenericThreads) generic_kernel(const __grid_constant__ Args<T> p) {
   constexpr int kChannels = kGenericThreads / kLanes, kHalf = kLanes * 4;  // states come in two runs of four a lane
   extern __shared__ __align__(16) float shared[];
@@ -19,30 +23,68 @@ __global__ void __launch_bounds__(kGenericThreads) generic_kernel(const __grid_c
   float* s_dt = s_bc + kGenericTile * 4 * kHalf;            // [tile][kChannels]
   float* s_du = s_dt + kGenericTile * kChannels;
   float* s_y = s_du + kGenericTile * kChannels;
-  const int b = blockIdx.y, N = p.d_state;
+  const int b = blockIdx.y, N = p.d_state, piece = blockIdx.z, last = p.pieces - 1;
   const int blocks_per_group = ceil_div(p.group_dim, kChannels);
   const int group = blockIdx.x / blocks_per_group;
   const int c0 = group * p.group_dim + (blockIdx.x % blocks_per_group) * kChannels;
   const int channels = min(kChannels, (group + 1) * p.group_dim - c0);
   const int channel = threadIdx.x / kLanes, q = threadIdx.x % kLanes, c = c0 + channel;
   const bool active = channel < channels;
-  const int row = row_length(p, b);
+  const int row = row_length(p, b), begin = piece * p.piece_len, end = piece == last ? row : min(row, begin + p.piece_len);
   const int64_t dir = p.reverse ? -1 : 1, first = p.reverse ? row - 1 : 0;
   auto at = [&](auto* base, const Strides& s, int t) { return base + b * s.batch + (first + dir * t) * s.token; };
   auto state_of = [&](int i) { return (i < 4 ? 0 : kHalf) + q * 4 + i % 4; };
+  auto in = [&](int i) { return active && state_of(i) < N; };
+  auto piece_at = [&](int i) { return (int64_t(b) * p.pieces + i) * p.dim + c; };
+  const int64_t whole = (int64_t(b) * p.dim + c) * N, start = piece_at(last) * N;  // start: the initial state, see below
 
-  float A[kPerLaneStates], h[kPerLaneStates];
+  float A[kPerLaneStates], h[kPerLaneStates], behind = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerLaneStates; i++) {
-    const bool in = active && state_of(i) < N;
-    A[i] = in ? p.A[int64_t(c) * N + state_of(i)] * kLog2e : 0.0f;
-    h[i] = in && p.h0 ? p.h0[(int64_t(b) * p.dim + c) * N + state_of(i)] : 0.0f;
+    A[i] = in(i) ? p.A[int64_t(c) * N + state_of(i)] * kLog2e : 0.0f;
+    h[i] = p.pieces == 1 && in(i) && p.h0 ? p.h0[whole + state_of(i)] : 0.0f;
   }
-  for (int t0 = 0; t0 < row; t0 += kGenericTile) {
-    const int tokens = min(kGenericTile, row - t0);
+  if (kEnds && piece == last) {  // nobody needs its end; a final state may lie in the place of the initial one, which is kept there
+#pragma unroll
+    for (int i = 0; i < kPerLaneStates; i++) {
+      if (in(i) && p.h0) p.piece_state[start + state_of(i)] = p.h0[whole + state_of(i)];
+    }
+    return;
+  }
+  if (!kEnds && p.pieces > 1 && active) {  // the nearest piece first, until nothing is left of what lies before
+    float slowest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kPerLaneStates; i++) slowest = in(i) ? fmaxf(slowest, A[i]) : slowest;
+    auto add = [&](int64_t from) {
+#pragma unroll
+      for (int i = 0; i < kPerLaneStates; i++) {
+        if (in(i)) h[i] = fmaf(ex2(A[i] * behind), p.piece_state[from + state_of(i)], h[i]);
+      }
+    };
+    int j = piece - 1;
+    for (; j >= 0 && (!p.softplus || still_counts(slowest, behind)); j--) {
+      add(piece_at(j) * N);
+      behind += p.piece_dt[piece_at(j)];
+    }
+    if (j < 0 && p.h0) add(start);
+    behind = 0.0f;
+  }
+  auto finish = [&](int t0, int tokens) {  // y of a tile
+    for (int i = threadIdx.x; i < tokens * kChannels; i += kGenericThreads) {
+      const int t = i / kChannels, j = i % kChannels;
+      if (j >= channels) continue;
+      float y = s_y[i];
+      if (p.D) y = fmaf(p.D[c0 + j], to_float(at(p.u, p.u_stride, t0 + t)[c0 + j]), y);
+      if (p.z) y *= silu(to_float(at(p.z, p.z_stride, t0 + t)[c0 + j]));
+      at(p.y, p.y_stride, t0 + t)[c0 + j] = from_float<T>(y);
+    }
+  };
+  for (int t0 = begin; t0 < end; t0 += kGenericTile) {
+    const int tokens = min(kGenericTile, end - t0);
     for (int i = threadIdx.x; i < tokens * 4 * kHalf; i += kGenericThreads) {
       const int t = i / (4 * kHalf), n = i % (2 * kHalf);
       const bool is_b = i % (4 * kHalf) < 2 * kHalf;
+      if (kEnds && !is_b) continue;
       const T* src = at(is_b ? p.B : p.C, is_b ? p.B_stride : p.C_stride, t0 + t) + group * N;
       s_bc[i] = n < N ? to_float(src[n]) : 0.0f;
     }
@@ -61,37 +103,35 @@ __global__ void __launch_bounds__(kGenericThreads) generic_kernel(const __grid_c
       const float dt = s_dt[t * kChannels + channel], du = s_du[t * kChannels + channel];
       const float* bc = s_bc + t * 4 * kHalf + q * 4;
       float y = 0.0f;
+      behind += dt;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float B[4], C[4];
         *reinterpret_cast<float4*>(B) = *reinterpret_cast<const float4*>(bc + half * kHalf);
-        *reinterpret_cast<float4*>(C) = *reinterpret_cast<const float4*>(bc + 2 * kHalf + half * kHalf);
+        if (!kEnds) *reinterpret_cast<float4*>(C) = *reinterpret_cast<const float4*>(bc + 2 * kHalf + half * kHalf);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           float& state = h[half * 4 + j];
           state = fmaf(ex2(dt * A[half * 4 + j]), state, du * B[j]);
-          y = fmaf(C[j], state, y);
+          if (!kEnds) y = fmaf(C[j], state, y);
         }
       }
+      if constexpr (!kEnds) {
 #pragma unroll
-      for (int o = 1; o < kLanes; o *= 2) y += __shfl_xor_sync(~0u, y, o);
-      if (q == 0) s_y[t * kChannels + channel] = y;
+        for (int o = 1; o < kLanes; o *= 2) y += __shfl_xor_sync(~0u, y, o);
+        if (q == 0) s_y[t * kChannels + channel] = y;
+      }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < tokens * kChannels; i += kGenericThreads) {
-      const int t = i / kChannels, j = i % kChannels;
-      if (j >= channels) continue;
-      float y = s_y[i];
-      if (p.D) y = fmaf(p.D[c0 + j], to_float(at(p.u, p.u_stride, t0 + t)[c0 + j]), y);
-      if (p.z) y *= silu(to_float(at(p.z, p.z_stride, t0 + t)[c0 + j]));
-      at(p.y, p.y_stride, t0 + t)[c0 + j] = from_float<T>(y);
-    }
+    if constexpr (!kEnds) finish(t0, tokens);
   }
+  if (kEnds && active && q == 0) p.piece_dt[piece_at(piece)] = behind;
+  float* to = kEnds ? p.piece_state + piece_at(piece) * N : piece == last && p.hT ? p.hT + whole : nullptr;
 #pragma unroll
   for (int i = 0; i < kPerLaneStates; i++) {
-    if (active && p.hT && state_of(i) < N) p.hT[(int64_t(b) * p.dim + c) * N + state_of(i)] = h[i];
+    if (to && in(i)) to[state_of(i)] = h[i];
   }
-  zero_padding(p, b, row, c0, c0 + channels);
+  if (!kEnds && piece == last) zero_padding(p, b, row, c0, c0 + channels);
 }
 
 }  // namespace mamba::scan

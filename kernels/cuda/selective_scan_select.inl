@@ -56,6 +56,15 @@ double chain_us(const Params& p, const ChainBlock& b) {
   return b.start_us + 1e-3 * p.seqlen * b.token_ns * std::ceil(blocks / sm_count());
 }
 
+// Pieces of a row that give every multiprocessor four blocks of the tactic generic. The first pass takes nearly as long as the
+// second, so that fewer than three are no gain.
+int generic_pieces(const Params& p) {
+  const int channels = kGenericThreads / generic_lanes(p.d_state);
+  const int64_t blocks = int64_t(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, channels);
+  const int64_t pieces = std::min<int64_t>({4 * sm_count() / blocks, p.seqlen / 48, 64});
+  return pieces < 3 ? 1 : int(pieces);
+}
+
 // The tactics that cover the shape, fastest first.
 struct Candidates {
   Tactic tactic[32];
@@ -77,6 +86,7 @@ struct Candidates {
     }
     for (const ChainBlock& b : kChainBlocks) add(p, {b.kernel, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
+    if (const int pieces = generic_pieces(p); pieces > 1) add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, 1e18);
   }
   void add(const Params& p, const Tactic& t, double cost) {
     if (!covers(p, t)) return;
