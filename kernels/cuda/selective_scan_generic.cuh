@@ -16,7 +16,7 @@ constexpr int kGenericTile = 16;  // tokens
 
 // kEnds: the first pass.
 template <typename T, int kLanes, bool kEnds>
-__global__ void __launch_bounds__(kGenericThreads) generic_kernel(const __grid_constant__ Args<T> p) {
+__global__ void __launch_bounds__(kGenericThreads, 3) generic_kernel(const __grid_constant__ Args<T> p) {
   constexpr int kChannels = kGenericThreads / kLanes, kHalf = kLanes * 4;  // states come in two runs of four a lane
   extern __shared__ __align__(16) float shared[];
   float* s_bc = shared;                                     // [tile][B 2 * kHalf | C 2 * kHalf]
@@ -69,36 +69,74 @@ __global__ void __launch_bounds__(kGenericThreads) generic_kernel(const __grid_c
     if (j < 0 && p.h0) add(start);
     behind = 0.0f;
   }
+  // What this thread loads and finishes of a tile: one channel, every kLanes-th token, of which kBatch are asked for at once.
+  constexpr int kEach = kGenericTile / kLanes > 0 ? kGenericTile / kLanes : 1, kBatch = kEach < 8 ? kEach : 8;
+  const int own = threadIdx.x % kChannels, own_t = threadIdx.x / kChannels;
+  const bool owns = own < channels;
+  const float bias = owns && p.bias ? p.bias[c0 + own] : 0.0f, D = owns && p.D ? p.D[c0 + own] : 0.0f;
+  auto load = [&](T (&v)[kBatch], const T* base, const Strides& s, int t0, int from, int tokens) {
+#pragma unroll
+    for (int e = 0; e < kBatch; e++) {
+      const int t = from + e * kLanes;
+      v[e] = owns && t < tokens ? at(base, s, t0 + t)[c0 + own] : from_float<T>(0.0f);
+    }
+  };
+  auto load_states = [&](int t0, int tokens) {  // B, and C of the second pass, to shared memory
+    constexpr int kRow = (kEnds ? 2 : 4) * kHalf, kAll = kGenericTile * kRow, kAtOnce = 4;
+#pragma unroll 1
+    for (int i0 = threadIdx.x; i0 < kAll; i0 += kAtOnce * kGenericThreads) {
+      T v[kAtOnce];
+#pragma unroll
+      for (int e = 0; e < kAtOnce; e++) {
+        const int i = i0 + e * kGenericThreads, t = i / kRow, n = i % (2 * kHalf);
+        const bool is_b = i % kRow < 2 * kHalf, inside = i < kAll && t < tokens && n < N;
+        const T* row = at(is_b ? p.B : p.C, is_b ? p.B_stride : p.C_stride, t0 + t) + group * N;
+        v[e] = inside ? row[n] : from_float<T>(0.0f);
+      }
+#pragma unroll
+      for (int e = 0; e < kAtOnce; e++) {
+        const int i = i0 + e * kGenericThreads;
+        if (i < kAll) s_bc[i / kRow * 4 * kHalf + i % kRow] = to_float(v[e]);
+      }
+    }
+  };
+  auto load_inputs = [&](int t0, int tokens) {
+#pragma unroll 1
+    for (int from = own_t; from < tokens; from += kBatch * kLanes) {
+      T u[kBatch], delta[kBatch];
+      load(u, p.u, p.u_stride, t0, from, tokens), load(delta, p.delta, p.delta_stride, t0, from, tokens);
+#pragma unroll
+      for (int e = 0; e < kBatch; e++) {
+        const int t = from + e * kLanes;
+        if (t >= tokens) continue;
+        const float dt = owns ? time_step<T>(to_float(delta[e]) + bias, p.softplus) : 0.0f;
+        s_dt[t * kChannels + own] = dt, s_du[t * kChannels + own] = dt * to_float(u[e]);
+      }
+    }
+  };
   auto finish = [&](int t0, int tokens) {  // y of a tile
-    for (int i = threadIdx.x; i < tokens * kChannels; i += kGenericThreads) {
-      const int t = i / kChannels, j = i % kChannels;
-      if (j >= channels) continue;
-      float y = s_y[i];
-      if (p.D) y = fmaf(p.D[c0 + j], to_float(at(p.u, p.u_stride, t0 + t)[c0 + j]), y);
-      if (p.z) y *= silu(to_float(at(p.z, p.z_stride, t0 + t)[c0 + j]));
-      at(p.y, p.y_stride, t0 + t)[c0 + j] = from_float<T>(y);
+#pragma unroll 1
+    for (int from = own_t; owns && from < tokens; from += kBatch * kLanes) {
+      T u[kBatch], z[kBatch];
+      load(u, p.u, p.u_stride, t0, from, tokens);
+      if (p.z) load(z, p.z, p.z_stride, t0, from, tokens);
+#pragma unroll
+      for (int e = 0; e < kBatch; e++) {
+        const int t = from + e * kLanes;
+        if (t >= tokens) continue;
+        float y = s_y[t * kChannels + own];
+        if (p.D) y = fmaf(D, to_float(u[e]), y);
+        if (p.z) y *= silu(to_float(z[e]));
+        at(p.y, p.y_stride, t0 + t)[c0 + own] = from_float<T>(y);
+      }
     }
   };
   for (int t0 = begin; t0 < end; t0 += kGenericTile) {
     const int tokens = min(kGenericTile, end - t0);
-    for (int i = threadIdx.x; i < tokens * 4 * kHalf; i += kGenericThreads) {
-      const int t = i / (4 * kHalf), n = i % (2 * kHalf);
-      const bool is_b = i % (4 * kHalf) < 2 * kHalf;
-      if (kEnds && !is_b) continue;
-      const T* src = at(is_b ? p.B : p.C, is_b ? p.B_stride : p.C_stride, t0 + t) + group * N;
-      s_bc[i] = n < N ? to_float(src[n]) : 0.0f;
-    }
-    for (int i = threadIdx.x; i < tokens * kChannels; i += kGenericThreads) {
-      const int t = i / kChannels, j = i % kChannels;
-      float dt = 0.0f, u = 0.0f;
-      if (j < channels) {
-        u = to_float(at(p.u, p.u_stride, t0 + t)[c0 + j]);
-        dt = time_step<T>(to_float(at(p.delta, p.delta_stride, t0 + t)[c0 + j]) + (p.bias ? p.bias[c0 + j] : 0.0f), p.softplus);
-      }
-      s_dt[i] = dt;
-      s_du[i] = dt * u;
-    }
+    load_states(t0, tokens);
+    load_inputs(t0, tokens);
     __syncthreads();
+#pragma unroll 4
     for (int t = 0; t < tokens; t++) {
       const float dt = s_dt[t * kChannels + channel], du = s_du[t * kChannels + channel];
       const float* bc = s_bc + t * 4 * kHalf + q * 4;
