@@ -51,8 +51,9 @@ def cases(op: str) -> Iterator[str]:
                 selective_state_update(u, delta, A, B, C, D, bias, state, z, final_state=state)
                 selective_state_update(u, delta, A, B, C, D, bias, state, z, tactic=0)
             else:
-                # the last two: rows in pieces, which the selector lists for other shapes, in turn and side by side
-                in_pieces = [channel_tactic(3, 2), channel_tactic(3)] if d_state == 16 else []
+                # the last ones: rows in pieces, which the selector lists for other shapes, in turn and side by side
+                generic = 8 << 12 | 3 << 20
+                in_pieces = [channel_tactic(3, 2), channel_tactic(3)] if d_state == 16 else [generic]
                 for tactic in [*selective_scan_tactics(u, delta, A, B, C, z), *in_pieces]:
                     selective_scan(u, delta, A, B, C, D, bias, state, z, lens, tactic=tactic)
             yield f"{dim} channels, {d_state} states, {dtype}"
@@ -64,6 +65,7 @@ def cases(op: str) -> Iterator[str]:
             (3, 64, 256, torch.bfloat16),
             (2, 64, 128, f32),
             (2, 33, 20, f32),
+            (2, 40, 96, torch.bfloat16),
         ):
             length = 1 if update else 70 if headdim != 64 else 300
             x, z = (normal(2, length, nheads, headdim, dtype=dtype) for _ in range(2))

@@ -4,7 +4,7 @@ namespace mamba::scan {
 
 template <typename T, int kLanes> static int launch(const Args<T>& args, int batch, cudaStream_t stream) {
   constexpr int kChannels = kGenericThreads / kLanes;
-  const size_t bytes = sizeof(float) * kGenericTile * (16 * kLanes + 3 * kChannels);
+  const size_t bytes = sizeof(float) * kGenericTile * (16 * kLanes + 4 * kChannels);
   const dim3 grid(args.ngroups * ceil_div(args.group_dim, kChannels), batch, args.pieces);
   if (args.pieces > 1) {
     if (!allow_shared<generic_kernel<T, kLanes, true>>(int(bytes))) return MAMBA_ERROR_TACTIC;

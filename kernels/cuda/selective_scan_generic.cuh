@@ -1,8 +1,8 @@
 // selective_scan, tactic "generic": any d_state from 1 to 256, any alignment.
 //
 // A channel's states are spread over kLanes lanes of a warp, eight each; time runs in order. dt, dt * u and the
-// float32 B and C of a tile of tokens are prepared once in shared memory; y is summed by shuffles and finished
-// (D, gate) after the tile, again once per element.
+// float32 B and C of a tile of tokens are prepared once in shared memory, the next tile on its way meanwhile; y is summed by
+// shuffles, and gated after the tile, again once per element.
 //
 // A row may be cut into pieces, a block each: a first pass makes the state at the end of every piece from zero, and the
 // second starts each piece from what those before it left.
@@ -16,13 +16,14 @@ constexpr int kGenericTile = 16;  // tokens
 
 // kEnds: the first pass.
 template <typename T, int kLanes, bool kEnds>
-__global__ void __launch_bounds__(kGenericThreads, 3) generic_kernel(const __grid_constant__ Args<T> p) {
+__global__ void __launch_bounds__(kGenericThreads, generic_blocks(kLanes)) generic_kernel(const __grid_constant__ Args<T> p) {
   constexpr int kChannels = kGenericThreads / kLanes, kHalf = kLanes * 4;  // states come in two runs of four a lane
   extern __shared__ __align__(16) float shared[];
   float* s_bc = shared;                                     // [tile][B 2 * kHalf | C 2 * kHalf]
   float* s_dt = s_bc + kGenericTile * 4 * kHalf;            // [tile][kChannels]
   float* s_du = s_dt + kGenericTile * kChannels;
-  float* s_y = s_du + kGenericTile * kChannels;
+  float* s_y = s_du + kGenericTile * kChannels;  // D u before a tile's scan, y behind it
+  float* s_z = s_y + kGenericTile * kChannels;
   const int b = blockIdx.y, N = p.d_state, piece = blockIdx.z, last = p.pieces - 1;
   const int blocks_per_group = ceil_div(p.group_dim, kChannels);
   const int group = blockIdx.x / blocks_per_group;
@@ -69,78 +70,63 @@ __global__ void __launch_bounds__(kGenericThreads, 3) generic_kernel(const __gri
     if (j < 0 && p.h0) add(start);
     behind = 0.0f;
   }
-  // What this thread loads and finishes of a tile: one channel, every kLanes-th token, of which kBatch are asked for at once.
-  constexpr int kEach = kGenericTile / kLanes > 0 ? kGenericTile / kLanes : 1, kBatch = kEach < 8 ? kEach : 8;
+  // What this thread loads of a tile, and finishes: one channel, every kLanes-th token; and of B, and C of the second pass, a share.
+  // It is asked for a tile ahead.
+  constexpr int kEach = kGenericTile / kLanes > 0 ? kGenericTile / kLanes : 1;
+  constexpr int kRow = (kEnds ? 2 : 4) * kHalf, kAll = kGenericTile * kRow, kShare = ceil_div(kAll, kGenericThreads);
+  constexpr int kUnroll = kLanes < 16 ? 4 : 1;
   const int own = threadIdx.x % kChannels, own_t = threadIdx.x / kChannels;
   const bool owns = own < channels;
   const float bias = owns && p.bias ? p.bias[c0 + own] : 0.0f, D = owns && p.D ? p.D[c0 + own] : 0.0f;
-  auto load = [&](T (&v)[kBatch], const T* base, const Strides& s, int t0, int from, int tokens) {
+  struct {
+    T u[kEach], delta[kEach], z[kEach], states[kShare];
+  } raw;
+  auto fetch = [&](int t0) {
+    const int tokens = end - t0;
 #pragma unroll
-    for (int e = 0; e < kBatch; e++) {
-      const int t = from + e * kLanes;
-      v[e] = owns && t < tokens ? at(base, s, t0 + t)[c0 + own] : from_float<T>(0.0f);
+    for (int e = 0; e < kEach; e++) {
+      const int t = own_t + e * kLanes;
+      raw.u[e] = raw.delta[e] = raw.z[e] = from_float<T>(0.0f);
+      if (!owns || t >= kGenericTile || t >= tokens) continue;
+      raw.u[e] = at(p.u, p.u_stride, t0 + t)[c0 + own], raw.delta[e] = at(p.delta, p.delta_stride, t0 + t)[c0 + own];
+      if (!kEnds && p.z) raw.z[e] = at(p.z, p.z_stride, t0 + t)[c0 + own];
+    }
+#pragma unroll
+    for (int e = 0; e < kShare; e++) {
+      const int i = threadIdx.x + e * kGenericThreads, t = i / kRow, n = i % (2 * kHalf);
+      const bool is_b = i % kRow < 2 * kHalf;
+      raw.states[e] = from_float<T>(0.0f);
+      if (i < kAll && t < tokens && n < N)
+        raw.states[e] = (at(is_b ? p.B : p.C, is_b ? p.B_stride : p.C_stride, t0 + t) + group * N)[n];
     }
   };
-  auto load_states = [&](int t0, int tokens) {  // B, and C of the second pass, to shared memory
-    constexpr int kRow = (kEnds ? 2 : 4) * kHalf, kAll = kGenericTile * kRow, kAtOnce = 4;
-#pragma unroll 1
-    for (int i0 = threadIdx.x; i0 < kAll; i0 += kAtOnce * kGenericThreads) {
-      T v[kAtOnce];
+  auto stage = [&] {
 #pragma unroll
-      for (int e = 0; e < kAtOnce; e++) {
-        const int i = i0 + e * kGenericThreads, t = i / kRow, n = i % (2 * kHalf);
-        const bool is_b = i % kRow < 2 * kHalf, inside = i < kAll && t < tokens && n < N;
-        const T* row = at(is_b ? p.B : p.C, is_b ? p.B_stride : p.C_stride, t0 + t) + group * N;
-        v[e] = inside ? row[n] : from_float<T>(0.0f);
-      }
+    for (int e = 0; e < kEach; e++) {
+      const int i = (own_t + e * kLanes) * kChannels + own;
+      if (own_t + e * kLanes >= kGenericTile) continue;
+      const float dt = owns ? time_step<T>(to_float(raw.delta[e]) + bias, p.softplus) : 0.0f, u = to_float(raw.u[e]);
+      s_dt[i] = dt, s_du[i] = dt * u;
+      if constexpr (!kEnds) s_y[i] = D * u, s_z[i] = p.z ? silu(to_float(raw.z[e])) : 1.0f;
+    }
 #pragma unroll
-      for (int e = 0; e < kAtOnce; e++) {
-        const int i = i0 + e * kGenericThreads;
-        if (i < kAll) s_bc[i / kRow * 4 * kHalf + i % kRow] = to_float(v[e]);
-      }
+    for (int e = 0; e < kShare; e++) {
+      const int i = threadIdx.x + e * kGenericThreads;
+      if (i < kAll) s_bc[i / kRow * 4 * kHalf + i % kRow] = to_float(raw.states[e]);
     }
   };
-  auto load_inputs = [&](int t0, int tokens) {
-#pragma unroll 1
-    for (int from = own_t; from < tokens; from += kBatch * kLanes) {
-      T u[kBatch], delta[kBatch];
-      load(u, p.u, p.u_stride, t0, from, tokens), load(delta, p.delta, p.delta_stride, t0, from, tokens);
-#pragma unroll
-      for (int e = 0; e < kBatch; e++) {
-        const int t = from + e * kLanes;
-        if (t >= tokens) continue;
-        const float dt = owns ? time_step<T>(to_float(delta[e]) + bias, p.softplus) : 0.0f;
-        s_dt[t * kChannels + own] = dt, s_du[t * kChannels + own] = dt * to_float(u[e]);
-      }
-    }
-  };
-  auto finish = [&](int t0, int tokens) {  // y of a tile
-#pragma unroll 1
-    for (int from = own_t; owns && from < tokens; from += kBatch * kLanes) {
-      T u[kBatch], z[kBatch];
-      load(u, p.u, p.u_stride, t0, from, tokens);
-      if (p.z) load(z, p.z, p.z_stride, t0, from, tokens);
-#pragma unroll
-      for (int e = 0; e < kBatch; e++) {
-        const int t = from + e * kLanes;
-        if (t >= tokens) continue;
-        float y = s_y[t * kChannels + own];
-        if (p.D) y = fmaf(D, to_float(u[e]), y);
-        if (p.z) y *= silu(to_float(z[e]));
-        at(p.y, p.y_stride, t0 + t)[c0 + own] = from_float<T>(y);
-      }
-    }
-  };
+  fetch(begin);
   for (int t0 = begin; t0 < end; t0 += kGenericTile) {
     const int tokens = min(kGenericTile, end - t0);
-    load_states(t0, tokens);
-    load_inputs(t0, tokens);
+    stage();
     __syncthreads();
-#pragma unroll 4
+    fetch(t0 + kGenericTile);
+#pragma unroll kUnroll
     for (int t = 0; t < tokens; t++) {
-      const float dt = s_dt[t * kChannels + channel], du = s_du[t * kChannels + channel];
+      const int place = t * kChannels + channel;
+      const float dt = s_dt[place], du = s_du[place];
       const float* bc = s_bc + t * 4 * kHalf + q * 4;
-      float y = 0.0f;
+      float y = !kEnds && q == 0 ? s_y[place] : 0.0f;
       behind += dt;
 #pragma unroll
       for (int half = 0; half < 2; half++) {
@@ -157,11 +143,17 @@ __global__ void __launch_bounds__(kGenericThreads, 3) generic_kernel(const __gri
       if constexpr (!kEnds) {
 #pragma unroll
         for (int o = 1; o < kLanes; o *= 2) y += __shfl_xor_sync(~0u, y, o);
-        if (q == 0) s_y[t * kChannels + channel] = y;
+        if (q == 0) s_y[place] = y;
       }
     }
     __syncthreads();
-    if constexpr (!kEnds) finish(t0, tokens);
+    if constexpr (!kEnds) {
+#pragma unroll
+      for (int e = 0; e < kEach; e++) {
+        const int t = own_t + e * kLanes, i = t * kChannels + own;
+        if (owns && t < tokens) at(p.y, p.y_stride, t0 + t)[c0 + own] = from_float<T>(s_y[i] * s_z[i]);
+      }
+    }
   }
   if (kEnds && active && q == 0) p.piece_dt[piece_at(piece)] = behind;
   float* to = kEnds ? p.piece_state + piece_at(piece) * N : piece == last && p.hT ? p.hT + whole : nullptr;

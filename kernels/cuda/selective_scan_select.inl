@@ -59,9 +59,10 @@ double chain_us(const Params& p, const ChainBlock& b) {
 // Pieces of a row of the tactic generic, three blocks to a multiprocessor, or twelve pieces. Measured with 6 to 192 blocks of whole
 // rows: (1, 1536, 2048) of 128 states, 96 blocks, 849 us whole, 498 in 5 pieces, 440 in 12; with 192 nothing is gained.
 int generic_pieces(const Params& p) {
-  const int channels = kGenericThreads / generic_lanes(p.d_state);
+  const int lanes = generic_lanes(p.d_state), channels = kGenericThreads / lanes;
   const int64_t blocks = int64_t(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, channels);
-  const int64_t pieces = std::min<int64_t>({std::max<int64_t>(12, 3 * sm_count() / blocks), p.seqlen / 24, 64});
+  const int64_t once = generic_blocks(lanes) * sm_count() / blocks;  // pieces that run at once
+  const int64_t pieces = std::min<int64_t>({once < 6 ? 12 : once, p.seqlen / 24, 64});
   return 10 * blocks > 13 * sm_count() || pieces < 3 ? 1 : int(pieces);
 }
 

@@ -1,0 +1,123 @@
+"""selective_scan's generic tactic, device and host code as it stands, on the CPU, a fiber for every thread of a block.
+
+Only what is PTX is replaced (``fibers/``); shared memory begins as NaN. Speed needs a GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import library, selective_scan
+from tests.gpu.test_selective_scan import error, reference
+
+from .test_emulated_decode import HERE, SOURCES, copy_shared_headers, replace_assembly
+
+ASSEMBLY = {
+    "ld.acquire.gpu": "std::abort()",  # of kernels that do not run here
+    "st.release.gpu": "std::abort()",
+    "cp.async.": "std::abort()",
+}
+LIMIT = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+GENERIC = 8 << 12  # the tactic, whole rows; pieces from bit 20
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: the scan on the CPU, g++ is missing"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
+    """The wrapper launches in the emulation and takes tensors of the CPU."""
+    folder = tmp_path_factory.mktemp("generic")
+    copy_shared_headers(folder)
+    shutil.copy(HERE / "emulation_generic" / "generic.cpp", folder)
+    launches = 0
+    for file in SOURCES.glob("selective_scan*"):
+        text = replace_assembly(file.read_text(), ASSEMBLY)
+        text = re.sub(r"extern __shared__.* (shared|memory)\[\];",
+                      r"auto* \1 = reinterpret_cast<float*>(emulation::current->block->base);", text)  # fmt: skip
+        text = re.sub(
+            r"__shared__ int (\w+);", r"int& \1 = *reinterpret_cast<int*>(emulation::current->block->fixed);", text
+        )
+        text, count = re.subn(r"(generic_kernel<T, kLanes, \w+>)<<<(.*?)>>>\(", r"launch_emulated(\1, \2, ", text)
+        launches += count
+        (folder / file.name).write_text(text)
+    assert launches == 2
+    output = folder / "generic.so"
+    command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-fno-strict-aliasing", "-w", "-I", str(folder)]
+    command += ["-I", str(folder / "include"), str(folder / "generic.cpp"), "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:6000]
+    library_of_cpu = ctypes.CDLL(str(output))
+    library_of_cpu.mamba_selective_scan_workspace.restype = ctypes.c_size_t
+
+    def launch(op: str, params: ctypes.Structure, like: Any) -> None:
+        size = library_of_cpu.mamba_selective_scan_workspace(ctypes.byref(params))
+        workspace = torch.full((size // 4 + 1,), float("nan"))
+        params.workspace, params.workspace_size = workspace.data_ptr(), size
+        status = library_of_cpu.mamba_selective_scan(ctypes.byref(params), None)
+        if status:
+            raise library.KernelError(f"{op}: status {status}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selective_scan, "_require", lambda *_: None)
+        patch.setattr(selective_scan, "launch", launch)
+        yield library_of_cpu
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, more: str) -> dict[str, Any]:
+    batch, seqlen, dim, d_state, groups = shape
+    generator = torch.Generator().manual_seed(seqlen + dim)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator)
+
+    return {
+        "u": normal(batch, seqlen, dim).to(dtype), "delta": (0.5 * normal(batch, seqlen, dim) - 3).to(dtype),
+        "A": -torch.rand(dim, d_state, generator=generator) * (0.5 if "slow" in more else 16),
+        "B": normal(batch, seqlen, groups, d_state).to(dtype), "C": normal(batch, seqlen, groups, d_state).to(dtype),
+        "D": normal(dim), "delta_bias": 0.3 * normal(dim), "state": normal(batch, dim, d_state),
+        "z": None if "bare" in more else normal(batch, seqlen, dim).to(dtype),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "pieces", "more"),
+    [
+        ((1, 70, 40, 5, 1), torch.bfloat16, 1, ""),  # a lane a channel, states that are no power of two
+        ((2, 50, 300, 8, 1), torch.float32, 1, "ragged"),  # two blocks, the last with few channels
+        ((2, 100, 66, 16, 2), torch.float16, 1, "reverse bare"),
+        ((1, 33, 40, 64, 1), torch.bfloat16, 1, ""),
+        ((1, 20, 9, 256, 1), torch.float32, 1, ""),
+        ((1, 70, 40, 5, 1), torch.bfloat16, 3, ""),
+        ((3, 90, 40, 8, 1), torch.float32, 4, "ragged slow"),  # pieces that hold nothing of a short row
+        ((2, 100, 66, 32, 2), torch.float16, 5, "reverse bare slow"),
+        ((2, 100, 20, 64, 1), torch.bfloat16, 7, "slow in place ragged"),
+        ((1, 50, 9, 128, 1), torch.float32, 2, "in place"),
+        ((1, 100, 40, 8, 1), torch.float32, -1, ""),  # the selector's choice: in pieces
+    ],
+    ids=str,
+)
+def test_agrees_with_the_recurrence(shape: tuple[int, ...], dtype: torch.dtype, pieces: int, more: str) -> None:
+    inputs = make(shape, dtype, more)
+    lens = torch.tensor([shape[1], 17, 1][: shape[0]], dtype=torch.int32) if "ragged" in more else None
+    expected, final = reference(**inputs, seq_lens=lens, reverse="reverse" in more)
+    for row, end in enumerate([] if lens is None else lens.tolist()):
+        for name in ("u", "delta", "B", "C"):
+            inputs[name][row, end:] = float("nan")
+    out = torch.full(inputs["u"].shape, float("nan"), dtype=dtype)
+    state = inputs["state"] if "in place" in more else torch.full_like(inputs["state"], float("nan"))
+    tactic = -1 if pieces < 0 else GENERIC | pieces << 20
+    y, h = selective_scan.selective_scan(
+        **inputs, seq_lens=lens, reverse="reverse" in more, out=out, final_state=state, tactic=tactic
+    )
+    assert error(y, expected) < LIMIT[dtype]
+    assert error(h, final) < 1e-5
