@@ -12,13 +12,13 @@ constexpr int kState = 16;          // d_state of the fast kernels
 constexpr int kChannelWidth = 128;  // channels and threads of a block of the tactic channel
 constexpr int kGenericThreads = 256, kPerLaneStates = 8;  // of a block and of a lane of the tactic generic
 
-// Lanes of a channel in the tactic generic, and blocks that fit a multiprocessor: what is on its way for the next tile takes registers.
+// Lanes of a channel in the tactic generic, and blocks of it that fit a multiprocessor.
 inline int generic_lanes(int d_state) {
   int lanes = 1;
   while (lanes * kPerLaneStates < d_state) lanes *= 2;
   return lanes;
 }
-constexpr int generic_blocks(int lanes) { return lanes == 1 || lanes >= 16 ? 2 : 3; }
+constexpr int generic_blocks(int lanes) { return lanes == 1 ? 2 : 3; }
 
 struct Strides {
   int64_t batch, token;

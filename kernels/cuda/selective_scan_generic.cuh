@@ -71,36 +71,46 @@ __global__ void __launch_bounds__(kGenericThreads, generic_blocks(kLanes)) gener
     behind = 0.0f;
   }
   // What this thread loads of a tile, and finishes: one channel, every kLanes-th token; and of B, and C of the second pass, a share.
-  // It is asked for a tile ahead.
+  // It is asked for a tile ahead, unless that takes too many registers (16 lanes: 440 us with 80, 576 with 128).
+  constexpr bool kAhead = kLanes < 16;
   constexpr int kEach = kGenericTile / kLanes > 0 ? kGenericTile / kLanes : 1;
   constexpr int kRow = (kEnds ? 2 : 4) * kHalf, kAll = kGenericTile * kRow, kShare = ceil_div(kAll, kGenericThreads);
-  constexpr int kUnroll = kLanes < 16 ? 4 : 1;
+  constexpr int kAtOnce = kAhead ? kShare : 4;
   const int own = threadIdx.x % kChannels, own_t = threadIdx.x / kChannels;
   const bool owns = own < channels;
   const float bias = owns && p.bias ? p.bias[c0 + own] : 0.0f, D = owns && p.D ? p.D[c0 + own] : 0.0f;
   struct {
-    T u[kEach], delta[kEach], z[kEach], states[kShare];
+    T u[kEach], delta[kEach], z[kEach], states[kAtOnce];
   } raw;
+  auto fetch_states = [&](int t0, int first) {
+#pragma unroll
+    for (int e = 0; e < kAtOnce; e++) {
+      const int i = threadIdx.x + (first + e) * kGenericThreads, t = i / kRow, n = i % (2 * kHalf);
+      const bool is_b = i % kRow < 2 * kHalf;
+      raw.states[e] = from_float<T>(0.0f);
+      if (i < kAll && t0 + t < end && n < N)
+        raw.states[e] = (at(is_b ? p.B : p.C, is_b ? p.B_stride : p.C_stride, t0 + t) + group * N)[n];
+    }
+  };
+  auto stage_states = [&](int first) {
+#pragma unroll
+    for (int e = 0; e < kAtOnce; e++) {
+      const int i = threadIdx.x + (first + e) * kGenericThreads;
+      if (i < kAll) s_bc[i / kRow * 4 * kHalf + i % kRow] = to_float(raw.states[e]);
+    }
+  };
   auto fetch = [&](int t0) {
-    const int tokens = end - t0;
 #pragma unroll
     for (int e = 0; e < kEach; e++) {
       const int t = own_t + e * kLanes;
       raw.u[e] = raw.delta[e] = raw.z[e] = from_float<T>(0.0f);
-      if (!owns || t >= kGenericTile || t >= tokens) continue;
+      if (!owns || t >= kGenericTile || t0 + t >= end) continue;
       raw.u[e] = at(p.u, p.u_stride, t0 + t)[c0 + own], raw.delta[e] = at(p.delta, p.delta_stride, t0 + t)[c0 + own];
       if (!kEnds && p.z) raw.z[e] = at(p.z, p.z_stride, t0 + t)[c0 + own];
     }
-#pragma unroll
-    for (int e = 0; e < kShare; e++) {
-      const int i = threadIdx.x + e * kGenericThreads, t = i / kRow, n = i % (2 * kHalf);
-      const bool is_b = i % kRow < 2 * kHalf;
-      raw.states[e] = from_float<T>(0.0f);
-      if (i < kAll && t < tokens && n < N)
-        raw.states[e] = (at(is_b ? p.B : p.C, is_b ? p.B_stride : p.C_stride, t0 + t) + group * N)[n];
-    }
+    if (kAhead) fetch_states(t0, 0);
   };
-  auto stage = [&] {
+  auto stage = [&](int t0) {
 #pragma unroll
     for (int e = 0; e < kEach; e++) {
       const int i = (own_t + e * kLanes) * kChannels + own;
@@ -109,19 +119,20 @@ __global__ void __launch_bounds__(kGenericThreads, generic_blocks(kLanes)) gener
       s_dt[i] = dt, s_du[i] = dt * u;
       if constexpr (!kEnds) s_y[i] = D * u, s_z[i] = p.z ? silu(to_float(raw.z[e])) : 1.0f;
     }
-#pragma unroll
-    for (int e = 0; e < kShare; e++) {
-      const int i = threadIdx.x + e * kGenericThreads;
-      if (i < kAll) s_bc[i / kRow * 4 * kHalf + i % kRow] = to_float(raw.states[e]);
+#pragma unroll 1
+    for (int first = 0; first < kShare; first += kAtOnce) {
+      if (!kAhead) fetch_states(t0, first);
+      stage_states(first);
     }
   };
-  fetch(begin);
+  if (kAhead) fetch(begin);
   for (int t0 = begin; t0 < end; t0 += kGenericTile) {
     const int tokens = min(kGenericTile, end - t0);
-    stage();
+    if (!kAhead) fetch(t0);
+    stage(t0);
     __syncthreads();
-    fetch(t0 + kGenericTile);
-#pragma unroll kUnroll
+    if (kAhead) fetch(t0 + kGenericTile);
+#pragma unroll 4
     for (int t = 0; t < tokens; t++) {
       const int place = t * kChannels + channel;
       const float dt = s_dt[place], du = s_du[place];
