@@ -87,7 +87,10 @@ struct Candidates {
     }
     for (const ChainBlock& b : kChainBlocks) add(p, {b.kernel, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
-    if (const int pieces = generic_pieces(p); pieces > 1) add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, 1e18);
+    // Fewer pieces too, for callers with a small workspace.
+    for (int pieces = generic_pieces(p); pieces > 2 && p.d_state != kState; pieces /= 2) {
+      add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, 1e18 / pieces);
+    }
   }
   void add(const Params& p, const Tactic& t, double cost) {
     if (!covers(p, t)) return;
