@@ -37,38 +37,31 @@ __global__ void __launch_bounds__(kGenericThreads, generic_blocks(kLanes)) gener
   auto state_of = [&](int i) { return (i < 4 ? 0 : kHalf) + q * 4 + i % 4; };
   auto in = [&](int i) { return active && state_of(i) < N; };
   auto piece_at = [&](int i) { return (int64_t(b) * p.pieces + i) * p.dim + c; };
-  const int64_t whole = (int64_t(b) * p.dim + c) * N, start = piece_at(last) * N;  // start: the initial state, see below
+  const int64_t whole = (int64_t(b) * p.dim + c) * N;
 
   float A[kPerLaneStates], h[kPerLaneStates], behind = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPerLaneStates; i++) {
     A[i] = in(i) ? p.A[int64_t(c) * N + state_of(i)] * kLog2e : 0.0f;
-    h[i] = p.pieces == 1 && in(i) && p.h0 ? p.h0[whole + state_of(i)] : 0.0f;
+    h[i] = 0.0f;
   }
-  if (kEnds && piece == last) {  // nobody needs its end; a final state may lie in the place of the initial one, which is kept there
+  if (kEnds && piece == last) {
 #pragma unroll
     for (int i = 0; i < kPerLaneStates; i++) {
-      if (in(i) && p.h0) p.piece_state[start + state_of(i)] = p.h0[whole + state_of(i)];
+      if (in(i) && p.h0) start_of_row(p, N, b, c)[state_of(i)] = p.h0[whole + state_of(i)];
     }
     return;
   }
-  if (!kEnds && p.pieces > 1 && active) {  // the nearest piece first, until nothing is left of what lies before
+  if (!kEnds && active) {
     float slowest = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kPerLaneStates; i++) slowest = in(i) ? fmaxf(slowest, A[i]) : slowest;
-    auto add = [&](int64_t from) {
+    walk_back(p, N, b, piece, c, slowest, [&](const float* state, float behind) {
 #pragma unroll
       for (int i = 0; i < kPerLaneStates; i++) {
-        if (in(i)) h[i] = fmaf(ex2(A[i] * behind), p.piece_state[from + state_of(i)], h[i]);
+        if (in(i)) h[i] = fmaf(ex2(A[i] * behind), state[state_of(i)], h[i]);
       }
-    };
-    int j = piece - 1;
-    for (; j >= 0 && (!p.softplus || still_counts(slowest, behind)); j--) {
-      add(piece_at(j) * N);
-      behind += p.piece_dt[piece_at(j)];
-    }
-    if (j < 0 && p.h0) add(start);
-    behind = 0.0f;
+    });
   }
   // What this thread loads of a tile, and finishes: one channel, every kLanes-th token; and of B, and C of the second pass, a share.
   // It is asked for a tile ahead, unless that takes too many registers (16 lanes: 440 us with 80, 576 with 128).

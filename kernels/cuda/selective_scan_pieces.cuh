@@ -39,12 +39,6 @@ template <typename T> struct PieceShared {
   }
 };
 
-// Where the first pass leaves a copy of the initial state, which the last piece of the second may overwrite while others
-// still start: in the place of the last piece's end, which nobody needs.
-template <typename T> __device__ __forceinline__ float* start_of_row(const Args<T>& p, int b, int c) {
-  return p.piece_state + ((int64_t(b) * p.pieces + p.pieces - 1) * p.dim + c) * kState;
-}
-
 template <typename T, bool kVec>
 __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_constant__ Args<T> p) {
   extern __shared__ __align__(16) char memory[];
@@ -54,7 +48,7 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
   const bool active = thread < channels, use_softplus = p.softplus;
   if (part.piece == 0 && p.h0 && active) {
     const float* from = p.h0 + (int64_t(part.b) * p.dim + part.c0 + thread) * kState;
-    float* to = start_of_row(p, part.b, part.c0 + thread);
+    float* to = start_of_row(p, kState, part.b, part.c0 + thread);
 #pragma unroll
     for (int n = 0; n < kState; n++) to[n] = from[n];
   }
@@ -223,21 +217,13 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
 // The state of channel c before a piece: of the pieces before it, the nearest first, and of the initial state.
 template <typename T>
 __device__ __forceinline__ void state_before(float (&h)[kState], const float (&A)[kState], const Args<T>& p, int b, int piece, int c) {
-  float slowest = A[0], behind = 0.0f;
+  float slowest = A[0];
 #pragma unroll
   for (int n = 1; n < kState; n++) slowest = fmaxf(slowest, A[n]);
-  auto add = [&](const float* state) {
+  walk_back(p, kState, b, piece, c, slowest, [&](const float* state, float behind) {
 #pragma unroll
     for (int n = 0; n < kState; n++) h[n] = fmaf(ex2(A[n] * behind), state[n], h[n]);
-  };
-  int j = piece - 1;
-  for (; j >= 0 && (!p.softplus || still_counts(slowest, behind)); j--) {
-    const int64_t from = (int64_t(b) * p.pieces + j) * p.dim + c;
-    add(p.piece_state + from * kState);
-    behind += p.piece_dt[from];
-  }
-  const bool whole = p.pieces == 1 || p.turns;
-  if (j < 0 && p.h0) add(whole ? p.h0 + (int64_t(b) * p.dim + c) * kState : start_of_row(p, b, c));
+  });
 }
 
 }  // namespace mamba::scan

@@ -12,6 +12,27 @@ constexpr float kNegligible = -64.0f;  // log2 of a decay behind which a state d
 
 __device__ __forceinline__ bool still_counts(float A, float dt) { return !(A * dt < kNegligible); }  // A in log2 units
 
+// Where the first pass leaves a copy of the initial state, which the last piece of the second may overwrite while others
+// still start: in the place of the last piece's end, which nobody needs.
+template <typename T> __device__ __forceinline__ float* start_of_row(const Args<T>& p, int d_state, int b, int c) {
+  return p.piece_state + ((int64_t(b) * p.pieces + p.pieces - 1) * p.dim + c) * d_state;
+}
+
+// What channel c has of the states before a piece, the nearest piece first, until the slowest decay leaves nothing of what lies
+// before: visit(state at the end of a piece or the initial one, dt between it and the piece).
+template <typename T, typename Visit>
+__device__ __forceinline__ void walk_back(const Args<T>& p, int d_state, int b, int piece, int c, float slowest, Visit visit) {
+  float behind = 0.0f;
+  int j = piece - 1;
+  for (; j >= 0 && (!p.softplus || still_counts(slowest, behind)); j--) {
+    const int64_t from = (int64_t(b) * p.pieces + j) * p.dim + c;
+    visit(p.piece_state + from * d_state, behind);
+    behind += p.piece_dt[from];
+  }
+  const bool whole = p.pieces == 1 || p.turns;
+  if (j < 0 && p.h0) visit(whole ? p.h0 + (int64_t(b) * p.dim + c) * d_state : start_of_row(p, d_state, b, c), behind);
+}
+
 // A loaded value, waited for here. Left to the loop that uses it, it would share its scoreboard with a load of the loop, and
 // every round would wait for that one. blockDim.y is 1, which the compiler does not know.
 __device__ __forceinline__ float landed(float v) { return v * float(blockDim.y); }
