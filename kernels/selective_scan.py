@@ -137,3 +137,8 @@ def channel_tactic(pieces: int = 1, places: int = 0) -> int:
     with 16 states; the selector lists it for those it is good at.
     """
     return 1 | places << 17 | pieces << 20
+
+
+def generic_tactic(pieces: int = 1) -> int:
+    """The tactic generic with rows in ``pieces``, likewise; it covers any shape."""
+    return 8 << 12 | pieces << 20

@@ -20,7 +20,7 @@ def cases(op: str) -> Iterator[str]:
     import torch
 
     from kernels.causal_conv1d import causal_conv1d
-    from kernels.selective_scan import channel_tactic, selective_scan, selective_scan_tactics
+    from kernels.selective_scan import channel_tactic, generic_tactic, selective_scan, selective_scan_tactics
     from kernels.selective_state_update import selective_state_update
     from kernels.ssd_scan import ssd_scan, ssd_scan_tactics
     from kernels.ssd_state_update import ssd_state_update, ssd_state_update_tactics
@@ -52,8 +52,7 @@ def cases(op: str) -> Iterator[str]:
                 selective_state_update(u, delta, A, B, C, D, bias, state, z, tactic=0)
             else:
                 # the last ones: rows in pieces, which the selector lists for other shapes, in turn and side by side
-                generic = 8 << 12 | 3 << 20
-                in_pieces = [channel_tactic(3, 2), channel_tactic(3)] if d_state == 16 else [generic]
+                in_pieces = [channel_tactic(3, 2), channel_tactic(3)] if d_state == 16 else [generic_tactic(3)]
                 for tactic in [*selective_scan_tactics(u, delta, A, B, C, z), *in_pieces]:
                     selective_scan(u, delta, A, B, C, D, bias, state, z, lens, tactic=tactic)
             yield f"{dim} channels, {d_state} states, {dtype}"

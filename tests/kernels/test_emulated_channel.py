@@ -27,22 +27,28 @@ pytestmark = [
 ]
 
 
-def build(folder: Path, *options: str) -> Path:
+def copy_scan(folder: Path, kernel: str, *parts: str) -> None:
+    """The sources of selective_scan, the two launches of ``kernel`` (a pattern) emulated, and folders of this one."""
     copy_shared_headers(folder)
-    for part in ("emulation_scan", "emulation_channel"):
+    for part in parts:
         for file in (HERE / part).iterdir():
             shutil.copy(file, folder)
     launches = 0
     for file in SOURCES.glob("selective_scan*"):
         text = replace_assembly(file.read_text(), ASSEMBLY)
-        text = re.sub(r"extern __shared__.* memory\[\];", "auto* memory = emulation::current->block->base;", text)
+        text = re.sub(r"extern __shared__ .* (\w+) (\w+)\[\];",
+                      r"auto* \2 = reinterpret_cast<\1*>(emulation::current->block->base);", text)  # fmt: skip
         text = re.sub(
             r"__shared__ int (\w+);", r"int& \1 = *reinterpret_cast<int*>(emulation::current->block->fixed);", text
         )
-        text, count = re.subn(r"(\w+<T, kVec>)<<<(.*?)>>>\(", r"launch_emulated(\1, \2, ", text)
+        text, count = re.subn(rf"({kernel})<<<(.*?)>>>\(", r"launch_emulated(\1, \2, ", text)
         launches += count
         (folder / file.name).write_text(text)
     assert launches == 2
+
+
+def build(folder: Path, *options: str) -> Path:
+    copy_scan(folder, r"\w+<T, kVec>", "emulation_scan", "emulation_channel")
     command = ["g++", "-std=c++20", "-fno-strict-aliasing", "-w", *options, "-I", str(folder)]
     command += ["-I", str(folder / "include"), str(folder / "channel.cpp"), "-o", str(folder / "channel")]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -6,7 +6,6 @@ Only what is PTX is replaced (``fibers/``); shared memory begins as NaN. Speed n
 from __future__ import annotations
 
 import ctypes
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -18,15 +17,9 @@ import torch
 from kernels import library, selective_scan
 from tests.gpu.test_selective_scan import error, reference
 
-from .test_emulated_decode import HERE, SOURCES, copy_shared_headers, replace_assembly
+from .test_emulated_channel import copy_scan
 
-ASSEMBLY = {
-    "ld.acquire.gpu": "std::abort()",  # of kernels that do not run here
-    "st.release.gpu": "std::abort()",
-    "cp.async.": "std::abort()",
-}
 LIMIT = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-GENERIC = 8 << 12  # the tactic, whole rows; pieces from bit 20
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="NOT TESTED: the scan on the CPU, g++ is missing"),
@@ -37,20 +30,7 @@ pytestmark = [
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ctypes.CDLL]:
     """The wrapper launches in the emulation and takes tensors of the CPU."""
     folder = tmp_path_factory.mktemp("generic")
-    copy_shared_headers(folder)
-    shutil.copy(HERE / "emulation_generic" / "generic.cpp", folder)
-    launches = 0
-    for file in SOURCES.glob("selective_scan*"):
-        text = replace_assembly(file.read_text(), ASSEMBLY)
-        text = re.sub(r"extern __shared__.* (shared|memory)\[\];",
-                      r"auto* \1 = reinterpret_cast<float*>(emulation::current->block->base);", text)  # fmt: skip
-        text = re.sub(
-            r"__shared__ int (\w+);", r"int& \1 = *reinterpret_cast<int*>(emulation::current->block->fixed);", text
-        )
-        text, count = re.subn(r"(generic_kernel<T, kLanes, \w+>)<<<(.*?)>>>\(", r"launch_emulated(\1, \2, ", text)
-        launches += count
-        (folder / file.name).write_text(text)
-    assert launches == 2
+    copy_scan(folder, r"generic_kernel<T, kLanes, \w+>", "emulation_generic")
     output = folder / "generic.so"
     command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-fno-strict-aliasing", "-w", "-I", str(folder)]
     command += ["-I", str(folder / "include"), str(folder / "generic.cpp"), "-o", str(output)]
@@ -115,7 +95,7 @@ def test_agrees_with_the_recurrence(shape: tuple[int, ...], dtype: torch.dtype, 
             inputs[name][row, end:] = float("nan")
     out = torch.full(inputs["u"].shape, float("nan"), dtype=dtype)
     state = inputs["state"] if "in place" in more else torch.full_like(inputs["state"], float("nan"))
-    tactic = -1 if pieces < 0 else GENERIC | pieces << 20
+    tactic = -1 if pieces < 0 else selective_scan.generic_tactic(pieces)
     y, h = selective_scan.selective_scan(
         **inputs, seq_lens=lens, reverse="reverse" in more, out=out, final_state=state, tactic=tactic
     )

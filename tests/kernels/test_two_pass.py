@@ -186,7 +186,14 @@ def test_matches_float64(
         ((1, 400, 5, 1), torch.bfloat16, 2, 3, (7, 0, 1), "slow gate"),  # equal runs of chunks, over the ends of rows
         ((6, 400, 3, 1), torch.float16, 1, 3, (5, 0, 1), "slow ragged in place"),
         ((1, 300, 8, 2), torch.float32, 1, 4, (4, 0, 1), "slow"),
-        ((1, 400, 7, 1), torch.float32, 1, 7, (1, 1, 2), "slow 64 states"),  # two groups of loaders
+        (
+            (1, 400, 7, 1),
+            torch.float32,
+            1,
+            7,
+            (1, 1, 2),
+            "slow 64 states",
+        ),  # a head has up to four states, of two stages
         ((1, 400, 8, 1), torch.float32, 1, 8, (1, 2, 1), "extreme 64 states"),
         ((3, 400, 3, 1), torch.bfloat16, 1, 3, (2, 1, 1), "slow ragged 64 states"),
         ((6, 400, 2, 1), torch.float32, 1, 2, (2, 1, 1), "slow gate ragged"),
