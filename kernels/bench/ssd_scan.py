@@ -15,8 +15,8 @@ from .harness import Context, Row, peer_source, relative_error, sets_for, time_m
 
 # batch, nheads, seqlen; headdim 64, d_state 128, one group
 SHAPES = [(1, 24, 2048), (1, 80, 512), (1, 80, 2048), (1, 80, 8192), (1, 80, 65536), (8, 80, 2048)]
-# headdim, d_state, groups; batch 1, 2,048 tokens, 5,120 channels in all (headdim 80: 128 heads)
-SIZES = [(80, 128, 8), (128, 128, 1), (32, 128, 1), (64, 256, 1), (64, 64, 1), (64, 16, 1)]
+# nheads, headdim, d_state, groups; batch 1, 2,048 tokens
+SIZES = [(128, 80, 128, 8), (40, 128, 128, 1), (160, 32, 128, 1), (80, 64, 256, 1), (80, 64, 64, 1), (80, 64, 16, 1)]
 TENSOR_FLOPS = 790e12  # dense bfloat16, measured with a large matrix product
 
 
@@ -51,26 +51,35 @@ def make(
     }
 
 
-def reference(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, dt_softplus: bool) -> Any:
-    """float64, in blocks of 128 tokens."""
-    x, D = x.double(), D.double()
-    dt = torch.nn.functional.softplus(dt.double() + dt_bias.double())
+def reference(
+    x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, dt_bias: Any, dt_softplus: bool, z: Any = None,
+    dt_limit: tuple[float, float] = (0.0, float("inf")), initial_state: Any = None, seq_lens: Any = None,
+) -> tuple[Any, Any]:  # fmt: skip
+    """y and the final state in float64, in chunks of 64 tokens; padding has no step, so that the state stays."""
     batch, seqlen, nheads, headdim = x.shape
-    B, C = (t.double().repeat_interleave(nheads // t.shape[2], 2) for t in (B, C))
+    inside = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device)
+    if seq_lens is not None:
+        inside = torch.arange(seqlen, device=x.device)[None] < seq_lens[:, None]
+    x, dt, B, C = (t.double().where(inside.view(batch, seqlen, *[1] * (t.dim() - 2)), 0.0) for t in (x, dt, B, C))
+    B, C = (t.repeat_interleave(nheads // t.shape[2], 2) for t in (B, C))
+    dt = dt + dt_bias.double()
+    dt = (torch.nn.functional.softplus(dt) if dt_softplus else dt).clamp(*dt_limit) * inside[..., None]
     state = torch.zeros(batch, nheads, headdim, B.shape[-1], dtype=torch.float64, device=x.device)
-    out = torch.empty_like(x)
-    for begin in range(0, seqlen, 128):
-        piece = slice(begin, begin + 128)
-        u, b, c, d = x[:, piece], B[:, piece], C[:, piece], dt[:, piece]
-        total = (d * A.double()).cumsum(1)
-        causal = torch.ones(u.shape[1], u.shape[1], dtype=torch.bool, device=x.device).tril()[None, :, :, None]
-        decay = torch.where(causal, total[:, :, None] - total[:, None], -torch.inf).exp() * d[:, None]
-        scores = torch.einsum("bthn,bshn->btsh", c, b) * decay
-        out[:, piece] = torch.einsum("btsh,bshp->bthp", scores, u)
-        out[:, piece] += total.exp()[..., None] * torch.einsum("bthn,bhpn->bthp", c, state) + D[:, None] * u
-        weights = (total[:, -1:] - total).exp() * d
-        state = total[:, -1].exp()[..., None, None] * state + torch.einsum("bsh,bshp,bshn->bhpn", weights, u, b)
-    return out
+    state, y = state if initial_state is None else initial_state.double(), torch.empty_like(x)
+    for begin in range(0, seqlen, 64):
+        t = slice(begin, begin + 64)
+        total = (dt[:, t] * A.double()).cumsum(1)
+        span = total[:, :, None] - total[:, None]
+        causal = torch.ones(span.shape[1:3], dtype=torch.bool, device=x.device).tril()[None, :, :, None]
+        scores = torch.einsum("bthn,bshn->btsh", C[:, t], B[:, t]) * span.where(causal, -torch.inf).exp()
+        y[:, t] = torch.einsum("btsh,bshp->bthp", scores * dt[:, None, t], x[:, t])
+        y[:, t] += total.exp()[..., None] * torch.einsum("bthn,bhpn->bthp", C[:, t], state)
+        weights = (total[:, -1:] - total).exp() * dt[:, t]
+        state = total[:, -1].exp()[..., None, None] * state
+        state = state + torch.einsum("bsh,bshp,bshn->bhpn", weights, x[:, t], B[:, t])
+    y = y + x * (D.double() if D.dim() == 2 else D.double()[:, None])
+    y = y if z is None else y * torch.nn.functional.silu(z.double())
+    return y * inside[..., None, None], state
 
 
 def bench(ctx: Context) -> Iterator[Row]:
@@ -82,7 +91,7 @@ def bench(ctx: Context) -> Iterator[Row]:
     plain: tuple[int, int, int] = (64, 128, 1)
     cases = [(shape, torch.bfloat16, plain) for shape in SHAPES]
     cases += [((1, 24, 2048), dtype, plain) for dtype in (torch.float16, torch.float32)]
-    cases += [((1, 128 if size[0] == 80 else 80 * 64 // size[0], 2048), torch.bfloat16, size) for size in SIZES]
+    cases += [((1, size[0], 2048), torch.bfloat16, size[1:]) for size in SIZES]
     for (batch, nheads, seqlen), dtype, (headdim, d_state, ngroups) in cases:
         size = {"headdim": headdim, "d_state": d_state, "ngroups": ngroups}
         tokens, width = batch * seqlen, 2 if dtype != torch.float32 else 4
@@ -99,7 +108,7 @@ def bench(ctx: Context) -> Iterator[Row]:
         flops = tokens * nheads * (2 * 2 * headdim * d_state + 2 * headdim * 32)
         row.floor_ms = max(traffic / ctx.copy_bandwidth, flops / TENSOR_FLOPS) * 1e3
         if batch * seqlen <= 2048:
-            expected = reference(**sets[0])
+            expected, _ = reference(**sets[0])
             ours: Any = ssd_scan(**sets[0])
             row.ours_error = relative_error(ours, expected)
             row.peer_error = relative_error(theirs(**sets[0]), expected)

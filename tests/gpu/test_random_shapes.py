@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
 
 import pytest
 
 torch = pytest.importorskip("torch")
-F = torch.nn.functional
 
+from kernels.bench.ssd_scan import reference  # noqa: E402
 from kernels.ssd_scan import ssd_scan, ssd_scan_tactics  # noqa: E402
 
 from . import test_selective_scan as selective  # noqa: E402
@@ -20,34 +19,6 @@ from . import test_ssd_scan as ssd  # noqa: E402
 def length(rng: random.Random, most: int) -> int:
     """1 to ``most``, as many short ones as long ones."""
     return round(math.exp(rng.uniform(0.0, math.log(most))))
-
-
-def ssd_reference(
-    x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, z: Any, dt_bias: Any, dt_softplus: bool,
-    dt_limit: tuple[float, float], initial_state: Any, seq_lens: Any,
-) -> tuple[Any, Any]:  # fmt: skip
-    """float64, in chunks of 64 tokens; padding has no step, so that the state stays as it is."""
-    batch, seqlen, nheads, _ = x.shape
-    inside = torch.arange(seqlen, device=x.device)[None] < seq_lens[:, None]
-    x, dt, B, C = (t.double().where(inside.view(batch, seqlen, *[1] * (t.dim() - 2)), 0.0) for t in (x, dt, B, C))
-    B, C = (t.repeat_interleave(nheads // t.shape[2], 2) for t in (B, C))
-    dt = dt + dt_bias.double()
-    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit) * inside[..., None]
-    state, y = initial_state.double(), torch.empty_like(x)
-    for begin in range(0, seqlen, 64):
-        t = slice(begin, begin + 64)
-        total = (dt[:, t] * A.double()).cumsum(1)
-        span = total[:, :, None] - total[:, None]
-        causal = torch.ones(span.shape[1:3], dtype=torch.bool, device=x.device).tril()[None, :, :, None]
-        scores = torch.einsum("bthn,bshn->btsh", C[:, t], B[:, t]) * span.where(causal, -torch.inf).exp()
-        y[:, t] = torch.einsum("btsh,bshp->bthp", scores * dt[:, None, t], x[:, t])
-        y[:, t] += total.exp()[..., None] * torch.einsum("bthn,bhpn->bthp", C[:, t], state)
-        weights = (total[:, -1:] - total).exp() * dt[:, t]
-        state = total[:, -1].exp()[..., None, None] * state
-        state = state + torch.einsum("bsh,bshp,bshn->bhpn", weights, x[:, t], B[:, t])
-    y = y + x * (D.double() if D.dim() == 2 else D.double()[:, None])
-    y = y if z is None else y * F.silu(z.double())
-    return y * inside[..., None, None], state
 
 
 @pytest.mark.parametrize("seed", range(120))
@@ -72,8 +43,7 @@ def test_ssd_scan(seed: int) -> None:
     lens = torch.full((batch,), seqlen, dtype=torch.int32, device="cuda")
     if rng.random() < 0.4:
         lens = torch.randint(0, seqlen + 1, (batch,), generator=generator, device="cuda", dtype=torch.int32)
-    options = {"z": None, "dt_limit": (0.0, math.inf), **inputs}
-    expected, final = ssd_reference(**options, seq_lens=lens)
+    expected, final = reference(**inputs, seq_lens=lens)
     for row, end in enumerate(lens.tolist()):
         for name in ("x", "dt", "B", "C"):
             inputs[name][row, end:] = float("nan")
