@@ -41,7 +41,15 @@ def cases(op: str) -> Iterator[str]:
             yield f"{seqlen} tokens, {channels} channels, width {width}"
     elif op.startswith("selective"):
         update = op == "selective_state_update"
-        for dim, d_state, groups, dtype in ((72, 16, 1, torch.bfloat16), (40, 20, 2, f32), (64, 64, 1, torch.float16)):
+        for dim, d_state, groups, dtype in (
+            (72, 16, 1, torch.bfloat16),
+            (40, 20, 2, f32),
+            (64, 64, 1, torch.float16),
+            (40, 8, 1, f32),
+            (48, 24, 2, torch.bfloat16),
+            (28, 128, 1, torch.bfloat16),
+            (24, 200, 1, torch.bfloat16),
+        ):
             length = 1 if update else 70
             u, delta, z = (normal(2, length, dim, dtype=dtype) for _ in range(3))
             B, C = (normal(2, length, groups, d_state, dtype=dtype) for _ in range(2))

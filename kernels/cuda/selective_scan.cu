@@ -41,16 +41,17 @@ bool bc_aligned(const Params& p) {
 }
 
 bool covers_chain(const Params& p, const Tactic& t) {
-  if (p.d_state != kState || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.warps < 1 || t.copiers < 1 ||
-      t.groups * t.warps + t.copiers > kChainWarps) {
+  const int lanes = 2 << (t.kernel - Tactic::kChain);
+  if (!chain_lanes(chain_states(p.d_state), lanes) || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.warps < 1 ||
+      t.copiers < 1 || t.groups * t.warps + t.copiers > kChainWarps) {
     return false;
   }
   auto fits = [&](auto layout) {
     const size_t run = layout.kRun * dtype_size(p.dtype);  // bytes copied at once, by accesses of 16 at most
     return activations_aligned(p, std::min<size_t>(16, run)) && p.dim / p.ngroups % layout.kRun == 0 &&
-           layout.slots(t) >= ceil_div(t.warps, kChainTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
+           layout.slots(t) >= ceil_div(t.warps, layout.kTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
   };
-  return p.dtype == MAMBA_F32 ? with_chain<float>(t, fits) : with_chain<__half>(t, fits);
+  return p.dtype == MAMBA_F32 ? with_chain<float>(t, p.d_state, fits) : with_chain<__half>(t, p.d_state, fits);
 }
 
 bool covers(const Params& p, const Tactic& t);

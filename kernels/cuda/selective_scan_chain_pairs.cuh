@@ -14,7 +14,8 @@ template <typename L> struct PairLane {
   float bias, D;
   bool use_softplus, has_z;
   const float2* carry_in;
-  float2* carry_out;  // and A, in log2 units, behind what is handed on
+  float2* carry_out;
+  const float2* own_A;  // in log2 units, where the group has one copy of it; else it is behind what is handed on
   uint64_t *in_ready, *out_ready;
   float *steps_out, *sums_out;  // in the warp's record, written by this lane
   const float *steps, *sums;    // read by it
@@ -22,8 +23,9 @@ template <typename L> struct PairLane {
   __device__ __forceinline__ void use_record(float* record) {
     constexpr int kTurn = L::kTurn;
     const int part = L::part(threadIdx.x % 32), channel = L::channel(threadIdx.x % 32), first = part * L::kOwn;
-    float* all = record + 2 * L::kStates * 32 + L::kWidth * L::kSteps;
-    steps = record + 2 * L::kStates * 32 + channel * L::kSteps, steps_out = const_cast<float*>(steps) + first;
+    float* own = record + L::kHanded + L::kOwnA;
+    float* all = own + L::kWidth * L::kSteps;
+    steps = own + channel * L::kSteps, steps_out = const_cast<float*>(steps) + first;
     sums_out = all + part * L::kSums + channel * kTurn;
     sums = all + first / kTurn * L::kBlock + channel * kTurn + first % kTurn;
   }
@@ -86,12 +88,13 @@ __device__ __forceinline__ void finish_tokens(const PairLane<L>& lane, T* own, c
   for (int i = 0; i < kOwn; i++) out[i * G] = from_float<T>(sum.v[i] * gate[i]);
 }
 
-// Decays of two states over a tile; dt is read again for every pair, else registers spill.
+// Decays of two states over some tokens of a tile; dt is read again for every pair, else registers spill.
 template <typename L>
-__device__ __forceinline__ void pair_decays(const PairLane<L>& lane, int s, float (&a0)[L::kTokens], float (&a1)[L::kTokens]) {
-  const float2 A = lane.carry_out[(L::kHands + s / 2) * 32];
+__device__ __forceinline__ void pair_decays(const PairLane<L>& lane, int s, float (&a0)[L::kTokens], float (&a1)[L::kTokens], int from = 0,
+                                            int to = L::kTokens) {
+  const float2 A = L::kOneA ? lane.own_A[s / 2 * 32] : lane.carry_out[(L::kHands + s / 2) * 32];
 #pragma unroll
-  for (int t = 0; t < L::kTokens; t += 4) {
+  for (int t = from; t < to; t += 4) {
     const auto dt = load_vec<float, 4>(lane.steps + t);
 #pragma unroll
     for (int r = 0; r < 4; r++) a0[t + r] = ex2(dt.v[r] * A.x), a1[t + r] = ex2(dt.v[r] * A.y);
@@ -114,10 +117,11 @@ __device__ __forceinline__ void pair_inputs(const PairLane<L>& lane, const float
 
 // `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on. The next pair's decays are
 // made among the dependent steps of the recurrences: that hands the states on later, but with three or more warps to a
-// group nobody waits for them, and the special-function unit does not idle meanwhile.
+// group nobody waits for them, and the special-function unit does not idle meanwhile. With more states than 16 registers
+// would spill, so only some of the decays are.
 template <typename T, typename L>
 __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own, const float* bc, int left, int parity) {
-  constexpr int kTokens = L::kTokens;
+  constexpr int kTokens = L::kTokens, kAmong = L::kAllStates > kState ? 4 : kTokens;
   float y[kTokens], a0[kTokens], a1[kTokens];  // decays, then states
   make_steps(lane, own, left);
   __syncwarp();
@@ -129,7 +133,7 @@ __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own
     __syncwarp();  // the compiler moves nothing of the above behind the wait
     mbarrier_wait(lane.in_ready + s / 2, parity);
     float2 h = lane.carry_in[s / 2 * 32];
-    if (s + 2 < L::kStates) pair_decays(lane, s + 2, next0, next1);
+    if (s + 2 < L::kStates) pair_decays(lane, s + 2, next0, next1, 0, kAmong);
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
       a0[t] = h.x = fmaf(a0[t], h.x, b0[t]);
@@ -137,6 +141,7 @@ __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own
     }
     lane.carry_out[s / 2 * 32] = h;
     mbarrier_arrive(lane.out_ready + s / 2);
+    if (s + 2 < L::kStates) pair_decays(lane, s + 2, next0, next1, kAmong);
 #pragma unroll
     for (int t = 0; t < kTokens; t += 4) {
       const Vec<float, 4> v0 = load_vec<float, 4>(bc + L::kToC + L::row(s) + t / 4 * L::kStep);

@@ -1,19 +1,32 @@
 // The selector: microseconds of each tactic from figures measured on an H200 (kernels/NOTES-selective-scan.md), scaled
 // to the multiprocessors of this device. Only the order matters. It runs at every call: no allocation, no driver calls.
 
-// Blocks of the chain: the kernel (lanes a channel), groups of 32 / lanes channels, warps a group, copying warps, and what
-// was measured: microseconds to start and nanoseconds per token of a block that has a multiprocessor to itself. The last
-// one fits where shared memory is small.
+// Blocks of the chain: the states of their kernel, lanes a channel, groups of 32 / lanes channels, warps a group, copying warps,
+// and what was measured: microseconds to start and nanoseconds per token of a block that has a multiprocessor to itself. The
+// last of each number of states fits where shared memory is small.
 struct ChainBlock {
-  int kernel, groups, warps, copiers;
+  int states, lanes, groups, warps, copiers;
   double start_us, token_ns;
-  int lanes() const { return 2 << (kernel - Tactic::kChain); }
+  int kernel() const { return lanes == 2 ? Tactic::kChain : lanes == 4 ? Tactic::kChain4 : Tactic::kChain8; }
 };
 constexpr ChainBlock kChainBlocks[] = {
-    {Tactic::kChain, 1, 14, 2, 4.8, 18.0},  {Tactic::kChain, 2, 7, 2, 4.8, 34.5},  {Tactic::kChain, 3, 5, 1, 4.8, 47.5},
-    {Tactic::kChain4, 2, 7, 2, 4.6, 17.7},  {Tactic::kChain4, 3, 5, 1, 4.6, 27.0}, {Tactic::kChain4, 5, 3, 1, 4.6, 41.2},
-    {Tactic::kChain4, 1, 14, 2, 4.2, 10.9}, {Tactic::kChain4, 1, 8, 2, 3.8, 12.0}, {Tactic::kChain8, 1, 10, 2, 3.4, 11.35},
-    {Tactic::kChain8, 3, 5, 1, 3.1, 21.2},  {Tactic::kChain, 1, 8, 2, 4.8, 22.5},
+    {16, 2, 1, 14, 2, 4.8, 18.0},  {16, 2, 2, 7, 2, 4.8, 34.5},   {16, 2, 3, 5, 1, 4.8, 47.5},   {16, 4, 2, 7, 2, 4.6, 17.7},
+    {16, 4, 3, 5, 1, 4.6, 26.2},   {16, 4, 5, 3, 1, 4.6, 41.2},   {16, 4, 1, 14, 2, 4.2, 10.9},  {16, 4, 1, 8, 2, 3.8, 12.0},
+    {16, 8, 1, 10, 2, 3.4, 11.35}, {16, 8, 3, 5, 1, 3.1, 21.2},   {16, 2, 1, 8, 2, 4.8, 22.5},
+
+    {8, 4, 2, 7, 2, 4.6, 11.95},   {8, 4, 1, 8, 2, 4.2, 8.1},     {8, 4, 3, 4, 2, 4.8, 18.25},   {8, 4, 4, 3, 2, 5.2, 23.7},
+    {8, 4, 5, 3, 1, 4.2, 30.8},    {8, 4, 2, 5, 2, 4.6, 13.5},
+
+    {32, 8, 3, 4, 2, 4.3, 31.2},   {32, 8, 1, 10, 2, 4.5, 15.65}, {32, 8, 2, 7, 2, 4.3, 22.5},   {32, 4, 2, 7, 2, 6.1, 30.8},
+    {32, 4, 3, 5, 1, 6.3, 43.5},   {32, 4, 5, 3, 1, 8.3, 69.6},   {32, 8, 1, 6, 1, 3.9, 21.8},
+
+    {64, 8, 3, 4, 2, 5.4, 51.4},   {64, 8, 2, 7, 2, 5.1, 36.5},   {64, 8, 1, 10, 2, 4.8, 27.4},  {64, 4, 2, 6, 2, 6.7, 56.0},
+    {64, 8, 5, 3, 1, 5.9, 73.4},   {64, 4, 3, 4, 2, 7.2, 86.2},   {64, 8, 1, 6, 1, 4.8, 40.0},
+
+    {128, 8, 3, 4, 2, 6.6, 84.8},  {128, 8, 2, 6, 2, 6.5, 61.0},  {128, 8, 1, 8, 2, 5.2, 52.4},  {128, 8, 4, 3, 2, 6.9, 111.2},
+    {128, 8, 5, 2, 1, 6.5, 153.2}, {128, 8, 1, 3, 1, 4.7, 106.0},
+
+    {256, 8, 3, 2, 2, 8.5, 228.0}, {256, 8, 2, 3, 2, 11.5, 176.0}, {256, 8, 4, 2, 2, 3.8, 253.0}, {256, 8, 5, 2, 1, 4.4, 365.0},
 };
 
 // Nanoseconds a token takes blocks of the tactic channel, of which a multiprocessor has `blocks` at once (0 to 4): started
@@ -52,18 +65,30 @@ double side_by_side_us(const Params& p, int blocks, int pieces) {
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {
-  const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, 32 / b.lanes() * b.groups);
-  return b.start_us + 1e-3 * p.seqlen * b.token_ns * std::ceil(blocks / sm_count());
+  const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, 32 / b.lanes * b.groups);
+  return (b.start_us + 1e-3 * p.seqlen * b.token_ns) * std::ceil(blocks / sm_count());
+}
+
+// Blocks of whole rows of the tactic generic.
+int64_t generic_rows(const Params& p) {
+  const int channels = kGenericThreads / generic_lanes(p.d_state);
+  return int64_t(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, channels);
 }
 
 // Pieces of a row of the tactic generic, three blocks to a multiprocessor, or twelve pieces. Measured with 6 to 192 blocks of whole
 // rows: (1, 1536, 2048) of 128 states, 96 blocks, 849 us whole, 498 in 5 pieces, 440 in 12; with 192 nothing is gained.
 int generic_pieces(const Params& p) {
-  const int lanes = generic_lanes(p.d_state), channels = kGenericThreads / lanes;
-  const int64_t blocks = int64_t(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, channels);
-  const int64_t once = generic_blocks(lanes) * sm_count() / blocks;  // pieces that run at once
+  const int64_t blocks = generic_rows(p), once = generic_blocks(generic_lanes(p.d_state)) * sm_count() / blocks;  // that run at once
   const int64_t pieces = std::min<int64_t>({once < 6 ? 12 : once, p.seqlen / 24, 64});
   return 10 * blocks > 13 * sm_count() || pieces < 3 ? 1 : int(pieces);
+}
+
+// In pieces: what 132 full multiprocessors take for a token of a channel, measured from 8 to 256 states, and half a microsecond for
+// every piece that a later one looks at.
+double generic_us(const Params& p, int pieces) {
+  const double full = double(generic_rows(p) * pieces) / (generic_blocks(generic_lanes(p.d_state)) * sm_count());
+  const double ns = 0.0095 + 0.00083 * p.d_state * (1 + p.d_state / 300.0);
+  return 15 + 0.5 * pieces + 1e-3 * ns * p.batch * p.dim * p.seqlen * 132 / sm_count() / std::min(1.0, full);
 }
 
 // The tactics that cover the shape, fastest first.
@@ -85,11 +110,13 @@ struct Candidates {
         add(p, {Tactic::kChannel, 0, 0, 0, pieces}, side_by_side_us(p, blocks, pieces));
       }
     }
-    for (const ChainBlock& b : kChainBlocks) add(p, {b.kernel, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
+    for (const ChainBlock& b : kChainBlocks) {
+      if (b.states == chain_states(p.d_state)) add(p, {b.kernel(), b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
+    }
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
-    // Fewer pieces too, for callers with a small workspace.
+    // With fewer pieces too, for callers with a small workspace.
     for (int pieces = generic_pieces(p); pieces > 2 && p.d_state != kState; pieces /= 2) {
-      add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, 1e18 / pieces);
+      add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, generic_us(p, pieces));
     }
   }
   void add(const Params& p, const Tactic& t, double cost) {

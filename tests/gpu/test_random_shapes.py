@@ -62,7 +62,7 @@ def test_selective_scan(seed: int) -> None:
     dtype = rng.choice([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32])
     groups, batch = rng.choice([1, 1, 1, 2, 3]), rng.choice([1, 1, 1, 2, 3, 8])
     dim = groups * rng.choice([length(rng, 2500 // groups), 8 * length(rng, 700 // groups)])
-    d_state = rng.choice([16, 16, 16, 16, 8, 32, 64, 5, 128])
+    d_state = rng.choice([16, 16, 16, 16, 8, 32, 64, 5, 128, 24, 256])
     seqlen = length(rng, 1500)
     seqlen = max(1, min(seqlen, 20_000_000 // (batch * dim)))
     shape = (batch, seqlen, dim, d_state, groups)

@@ -82,7 +82,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, more: str) -> dict[str, Any
         ((2, 100, 66, 32, 2), torch.float16, 5, "reverse bare slow"),
         ((2, 100, 20, 64, 1), torch.bfloat16, 7, "slow in place ragged"),
         ((1, 50, 9, 128, 1), torch.float32, 2, "in place"),
-        ((1, 100, 40, 8, 1), torch.float32, -1, ""),  # the selector's choice: in pieces
+        ((1, 100, 40, 12, 1), torch.float32, -1, ""),  # the selector's choice: in pieces
     ],
     ids=str,
 )

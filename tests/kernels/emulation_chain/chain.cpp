@@ -15,11 +15,16 @@ using namespace mamba::scan;
 struct Case {
   int lanes, batch, tokens, dim, ngroups, groups, warps, copiers;
   bool few_slots, ragged, reverse, z, state;
-  Rows rows() const { return {batch, tokens, dim, ngroups, ragged, reverse, z, state}; }
+  int d_state = kState;
+  Rows rows() const {
+    Rows r{batch, tokens, dim, ngroups, ragged, reverse, z, state};
+    r.d_state = d_state;
+    return r;
+  }
 };
 
-template <typename T, int kLanes> void launch(const Chain<T, kLanes>& layout, const Case& c, const Args<T>& a) {
-  const int least = mamba::ceil_div(c.warps, kChainTiles) + c.copiers;
+template <typename T, int kLanes, int kN> void launch(const Chain<T, kLanes, kN>& layout, const Case& c, const Args<T>& a) {
+  const int least = mamba::ceil_div(c.warps, layout.kTiles) + c.copiers;
   const int slots = c.few_slots ? least : layout.slots({0, c.groups, c.warps, c.copiers, 1});
   if (slots < least) std::abort();
   const unsigned threads = 32 * (c.groups * c.warps + c.copiers);
@@ -35,7 +40,7 @@ template <typename T, int kLanes> void launch(const Chain<T, kLanes>& layout, co
       running.emplace_back([&, i] {
         emulation::thread = dim3(i), emulation::block = dim3(b % blocks, b / blocks), emulation::block_size = dim3(threads);
         emulation::warp = warps[i / 32].get(), emulation::lane = int(i % 32);
-        chain_kernel<T, kLanes>(a, c.groups, c.warps, slots);
+        chain_kernel<T, kLanes, kN>(a, c.groups, c.warps, slots);
       });
     }
     for (auto& t : running) t.join();
@@ -46,10 +51,10 @@ template <typename T> bool right(const Case& c) {
   Tensors<T> t;
   const Args<T> a = arguments(c.rows(), t);
   with_chain<T>({c.lanes == 2 ? Tactic::kChain : c.lanes == 4 ? Tactic::kChain4 : Tactic::kChain8, c.groups, c.warps, c.copiers, 1},
-                [&](auto layout) { launch(layout, c, a); });
+                c.d_state, [&](auto layout) { launch(layout, c, a); });
   const Errors<T> e = errors(c.rows(), t, recurrence(c.rows(), t));
-  std::printf("%s: %d lanes, %d x %d tokens, %d channels: y %.1e state %.1e padding %d\n", e.small() ? "right" : "WRONG", c.lanes, c.batch,
-              c.tokens, c.dim, e.y, e.state, e.padding);
+  std::printf("%s: %d lanes, %d x %d tokens, %d channels, %d states: y %.1e state %.1e padding %d\n", e.small() ? "right" : "WRONG",
+              c.lanes, c.batch, c.tokens, c.dim, c.d_state, e.y, e.state, e.padding);
   return e.small();
 }
 
@@ -62,6 +67,9 @@ int main(int count, char**) {
     ok &= right<__nv_bfloat16>({4, 1, 200, 16, 1, 2, 2, 1, true, false, false, true, true});
     ok &= right<__nv_bfloat16>({8, 2, 90, 8, 2, 1, 3, 2, false, true, true, true, true});
     ok &= right<__nv_bfloat16>({8, 1, 200, 12, 1, 3, 2, 1, true, false, false, true, true});
+    ok &= right<__nv_bfloat16>({4, 2, 90, 16, 2, 1, 3, 2, false, true, true, true, true, 8});
+    ok &= right<__nv_bfloat16>({4, 1, 90, 16, 1, 2, 2, 1, true, false, false, true, true, 32});
+    ok &= right<__nv_bfloat16>({8, 1, 70, 12, 1, 3, 2, 1, true, false, false, true, true, 128});
     return !ok;
   }
   ok &= right<float>({2, 1, 100, 16, 1, 1, 2, 1, true, false, false, true, true});
@@ -85,5 +93,19 @@ int main(int count, char**) {
   ok &= right<__nv_bfloat16>({8, 1, 1, 4, 1, 1, 14, 2, true, false, false, true, true});
   ok &= right<__nv_bfloat16>({8, 1, 500, 8, 1, 2, 7, 2, true, false, false, true, true});
   ok &= right<__half>({8, 1, 129, 12, 1, 3, 1, 1, true, false, false, true, true});
+  for (int d_state : {8, 24, 32}) {
+    ok &= right<float>({4, 2, 70, 24, 1, 2, 3, 1, false, true, false, true, true, d_state});
+    ok &= right<__nv_bfloat16>({4, 2, 150, 48, 2, 2, 3, 2, false, true, true, true, false, d_state});
+    ok &= right<__nv_bfloat16>({4, 1, 300, 16, 1, 2, 7, 2, true, false, false, false, true, d_state});
+  }
+  for (int d_state : {48, 64}) {
+    ok &= right<__nv_bfloat16>({4, 2, 100, 24, 1, 2, 6, 2, true, true, false, true, true, d_state});
+    ok &= right<__nv_bfloat16>({8, 1, 150, 24, 2, 3, 5, 1, false, false, true, true, true, d_state});
+    ok &= right<float>({8, 1, 70, 12, 1, 3, 3, 1, true, false, false, false, true, d_state});
+  }
+  for (int d_state : {72, 128}) {
+    ok &= right<__nv_bfloat16>({8, 2, 70, 24, 2, 3, 5, 1, true, true, true, true, true, d_state});
+    ok &= right<float>({8, 1, 70, 12, 1, 3, 3, 1, false, false, false, false, true, d_state});
+  }
   return !ok;
 }

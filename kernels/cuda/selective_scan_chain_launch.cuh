@@ -1,0 +1,20 @@
+// selective_scan, tactic "chain": the launch.
+#pragma once
+
+#include "selective_scan_chain.cuh"
+
+namespace mamba::scan {
+
+template <typename T, int kLanes, int kN>
+int launch_chain_kernel(const Chain<T, kLanes, kN>& layout, const Args<T>& args, const Tactic& t, int batch, cudaStream_t stream) {
+  const int count = layout.slots(t), bytes = count * layout.slot_bytes(t.groups) + layout.fixed_bytes(t.groups, t.warps);
+  if (!allow_shared<chain_kernel<T, kLanes, kN>>(bytes)) return MAMBA_ERROR_TACTIC;
+  const dim3 grid(args.ngroups * ceil_div(args.group_dim, t.groups * layout.kWidth), batch);
+  const dim3 block(32 * (t.groups * t.warps + t.copiers));
+  return launch_early(chain_kernel<T, kLanes, kN>, grid, block, bytes, stream, args, t.groups, t.warps, count);
+}
+
+// For a d_state other than 16: in a source file of its own, so that the two compile side by side.
+template <typename T> int launch_chain_sizes(const Args<T>& args, const Tactic& t, int batch, cudaStream_t stream);
+
+}  // namespace mamba::scan

@@ -1,0 +1,13 @@
+#include "selective_scan_chain_launch.cuh"
+
+namespace mamba::scan {
+
+template <typename T> int launch_chain_sizes(const Args<T>& args, const Tactic& t, int batch, cudaStream_t stream) {
+  return with_size<T>(t, args.d_state, [&](auto layout) { return launch_chain_kernel(layout, args, t, batch, stream); });
+}
+
+template int launch_chain_sizes(const Args<float>&, const Tactic&, int, cudaStream_t);
+template int launch_chain_sizes(const Args<__half>&, const Tactic&, int, cudaStream_t);
+template int launch_chain_sizes(const Args<__nv_bfloat16>&, const Tactic&, int, cudaStream_t);
+
+}  // namespace mamba::scan
