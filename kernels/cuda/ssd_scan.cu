@@ -23,12 +23,13 @@ struct Call : mamba_ssd_scan_params {
 
 #include "ssd_scan_select.inl"
 
-// Heads of 72 to 128 columns as pairs of heads of 64, where these have the faster kernels: the columns of a head share its step and
-// decay, no more. The halves of fewer than 128 overlap.
+// Heads of 72 to 128 columns as pairs of heads of 64, where these have the faster kernels and there is none for so many: the
+// columns of a head share its step and decay, no more. The halves of fewer than 128 overlap.
 Call as_seen(const mamba_ssd_scan_params& params) {
   Call p = {params};
   p.width = p.headdim;
-  if (p.headdim > 64 && p.headdim <= 128 && multiple_of_8(p.headdim) && has_two_pass(p.dtype, 64, p.d_state))
+  if (p.headdim > 64 && p.headdim <= 128 && multiple_of_8(p.headdim) && !has_two_pass(p.dtype, p.headdim, p.d_state) &&
+      has_two_pass(p.dtype, 64, p.d_state))
     p.headdim = 64, p.nheads *= 2, p.halves = 1;
   return p;
 }

@@ -33,16 +33,19 @@ struct Operand<float> {
 };
 
 // kPadded: heads may have fewer columns than kHeadDim, states fewer rows than kState (multiples of 8); the rest of a tile is zeros.
-// An image of a state: for each part, for each 64 columns of headdim, rows of d_state, swizzled as Tile<64>.
+// An image of a state: for each part, for each 64 columns of headdim, rows of d_state, swizzled as Tile<64>; then rows of the kRest
+// columns left, as they are.
 template <typename T_, int kHeadDim_, int kState_, bool kPadded_>
 struct TwoPass {
   using T = T_;
   using E = typename Operand<T>::Element;
   static constexpr int kParts = Operand<T>::kParts, kHeadDim = kHeadDim_, kState = kState_;
   static constexpr bool kPadded = kPadded_;
-  static constexpr int kHeadTiles = kHeadDim / 64, kStateTiles = kState / 64;
-  static constexpr int kStateTile = kState * 128;                  // bytes of 64 columns of headdim
-  static constexpr int kImage = kParts * kHeadTiles * kStateTile;  // bytes
+  static constexpr int kHeadTiles = (kHeadDim + 63) / 64, kStateTiles = kState / 64;
+  static constexpr int kWideTiles = kHeadDim / 64, kRest = kHeadDim % 64;  // the last tile has kRest columns of 64
+  static constexpr int kStateTile = kState * 128;                          // bytes of 64 columns of headdim
+  static constexpr int kWideImage = kParts * kWideTiles * kStateTile, kImage = kWideImage + kState * kRest * 2;  // bytes
+  static_assert(kRest == 0 || (kParts == 1 && kRest == 16), "what is copied by threads");
   static constexpr int kAccumulators = kHeadDim / 8;               // of four registers
 
   // Where a head or a group begins for the copy engine, see TwoPassArgs.

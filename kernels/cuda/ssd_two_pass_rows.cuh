@@ -93,9 +93,8 @@ struct OutputRows {
       if (leader) bulk_wait_read();
       __syncwarp();
 #pragma unroll
-      for (int k = 0; k < 8; k += 2)
-        store_matrix_x4(Rows::along(place + Rows::lane_16x16(), k), y[tile * 8 + k][0], y[tile * 8 + k][1], y[tile * 8 + k + 1][0],
-                        y[tile * 8 + k + 1][1]);
+      for (int n = tile * 8; n < tile * 8 + 8 && n < L::kAccumulators; n += 2)
+        store_matrix_x4(Rows::along(place + Rows::lane_16x16(), n % 8), y[n][0], y[n][1], y[n + 1][0], y[n + 1][1]);
       fence_async_proxy();
       __syncwarp();
       if (leader) {

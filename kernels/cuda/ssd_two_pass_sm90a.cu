@@ -12,26 +12,30 @@ TwoPassPlan::States states_of() {
 }
 
 // kFew, kMany: warpgroups a block of the first pass, for fewest blocks and for most.
-template <typename T, int kState, bool kPadded, int kFew, int kMany>
+template <typename T, int kHeadDim, int kState, bool kPadded, int kFew, int kMany>
 TwoPassPlan plan_of() {
-  using L = OutputsLayout<T, 64, kState, kPadded>;
-  return {{states_of<StatesLayout<T, 64, kState, kPadded, kFew>>(), states_of<StatesLayout<T, 64, kState, kPadded, kMany>>()},
+  using L = OutputsLayout<T, kHeadDim, kState, kPadded>;
+  return {{states_of<StatesLayout<T, kHeadDim, kState, kPadded, kFew>>(), states_of<StatesLayout<T, kHeadDim, kState, kPadded, kMany>>()},
           {ssd_outputs_kernel<L, false>, ssd_outputs_kernel<L, true>}, L::kThreads, L::kShared, L::kImage, L::kParts == 2, kPadded};
 }
 
 template <typename T, bool kPadded>
 TwoPassPlan plan_for(int d_state) {
-  if (d_state <= 64) return plan_of<T, 64, kPadded, 1, 1>();
+  if (d_state <= 64) return plan_of<T, 64, 64, kPadded, 1, 1>();
   if constexpr (sizeof(T) == 2) {
-    if (d_state > 128) return plan_of<T, 256, kPadded, 2, 1>();
+    if (d_state > 128) return plan_of<T, 64, 256, kPadded, 2, 1>();
   }
-  return plan_of<T, 128, kPadded, sizeof(T) == 2 ? 2 : 1, 1>();
+  return plan_of<T, 64, 128, kPadded, sizeof(T) == 2 ? 2 : 1, 1>();
 }
 
 template <typename T>
 bool plan_for(int headdim, int d_state, TwoPassPlan* plan) {
   constexpr int kMost = sizeof(T) == 2 ? 256 : 128;  // float32 would need 256 KB for C and B
-  if (headdim > 64 || headdim % 8 != 0 || d_state > kMost || d_state % 8 != 0) return false;
+  if (headdim % 8 != 0 || d_state > kMost || d_state % 8 != 0) return false;
+  if constexpr (sizeof(T) == 2) {
+    if (headdim > 64 && headdim <= 80 && d_state > 64 && d_state <= 128) return *plan = plan_of<T, 80, 128, true, 2, 1>(), true;
+  }
+  if (headdim > 64) return false;
   const bool padded = headdim < 64 || (d_state != 64 && d_state != 128 && d_state != 256);
   *plan = padded ? plan_for<T, true>(d_state) : plan_for<T, false>(d_state);
   return true;

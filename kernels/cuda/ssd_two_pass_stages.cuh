@@ -18,7 +18,7 @@ struct OutputsLayout : TwoPass<T_, kHeadDim_, kState_, kPadded_> {
   static constexpr int kProducers = 128, kConsumers = 256, kThreads = kProducers + kConsumers;
   static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
   static constexpr int kInput = Base::kParts * Base::kHeadTiles * kTileBytes;  // x of one head
-  static constexpr int kStage = kInput + Base::kImage;
+  static constexpr int kStage = kInput + Base::kParts * Base::kHeadTiles * Base::kStateTile;
   static constexpr int kStates = Base::kParts * Base::kStateTiles * kTileBytes;  // C or B
   static constexpr int kOut = sizeof(T_) == 2 ? kTileBytes : 0;  // where y of 64 columns is put in order
   static constexpr int kTable = (2 * 128 + 8 + 4) * 4 + 4 * (64 + 128) * (Base::kParts == 2 ? 4 : 2);  // bytes of a DecayTable
@@ -122,13 +122,37 @@ struct OutputsItem {
   int row;                 // of heads of this launch, the first
 };
 
-// Fills the ring of states, by one thread. Behind a cut a chunk's copy lacks what is left of the state at the piece's start; the
-// copy there, if it is not the first piece's end, lacks what is left of the one before. The earliest comes first: the consumers
-// multiply y by what is left of it before they add the next.
+// Fills the ring of states, by one thread; where images end in kRest columns, which threads copy, by a warp. Behind a cut a
+// chunk's copy lacks what is left of the state at the piece's start; the copy there, if it is not the first piece's end, lacks what
+// is left of the one before. The earliest comes first: the consumers multiply y by what is left of it before they add the next.
 template <typename L, bool kCut>
 struct StateLoader {
   int item = 0;           // of the ring, the next
   float left[kMaxLater];  // of the copy at the start of later piece i: at its end, or before the chunk; 0: it is not needed
+
+  // The last columns of an image, of which a lane has kPieces times 16 bytes: asked for, and put in their place of a tile.
+  static constexpr int kPieces = L::kState * L::kRest * 2 / 16 / 32;
+  struct Rest {
+    uint4 piece[kPieces > 0 ? kPieces : 1];
+  };
+  __device__ __forceinline__ static Rest fetch_rest(const TwoPassArgs& args, int row, int chunk) {
+    const uint8_t* image = static_cast<const uint8_t*>(args.states) + (static_cast<int64_t>(row) * args.chunks + chunk) * L::kImage;
+    Rest rest;
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) rest.piece[i] = __ldcg(reinterpret_cast<const uint4*>(image + L::kWideImage) + threadIdx.x + 32 * i);
+    return rest;
+  }
+  __device__ __forceinline__ static void place_rest(uint32_t state, const Rest& rest) {
+    constexpr int kOfRow = L::kRest > 0 ? L::kRest / 8 : 1;
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) {
+      const int at = threadIdx.x + 32 * i;
+      const uint32_t v[4] = {rest.piece[i].x, rest.piece[i].y, rest.piece[i].z, rest.piece[i].w};
+      store_shared_16(state + L::kWideTiles * L::kStateTile + Tile<64>::offset(at / kOfRow, at % kOfRow), v);
+    }
+    fence_async_proxy();
+    __syncwarp();
+  }
 
   // For head i, before `load`.
   __device__ __forceinline__ void fetch(const TwoPassArgs& args, const OutputsItem& at, int i) {
@@ -146,20 +170,27 @@ struct StateLoader {
       if (rest == 0.f || piece >= later) left[piece] = 0.f;
     }
   }
-  __device__ __forceinline__ void load(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared, int i) {
+  // `rest`: of the head's image, asked for before, where rows are not cut.
+  __device__ __forceinline__ void load(const TwoPassArgs& args, const OutputsItem& at, const OutputsShared<L>& shared, int i,
+                                       const Rest& rest) {
     const int row = at.row + i * at.step;
     const uint8_t* images = static_cast<const uint8_t*>(args.states) + static_cast<int64_t>(row) * args.chunks * L::kImage;
+    const bool leads = L::kRest == 0 || threadIdx.x == 0;
     if constexpr (!kCut) {
       const int slot = i % L::kStages;
-      bulk_load(shared.state(slot), images + static_cast<int64_t>(at.chunk) * L::kImage, L::kImage, shared.state_full(slot));
+      if constexpr (L::kRest > 0) place_rest(shared.state(slot), rest);
+      if (leads) bulk_load(shared.state(slot), images + static_cast<int64_t>(at.chunk) * L::kImage, L::kWideImage, shared.state_full(slot));
       return;
     }
     const RowCut cut(args, row);
     const auto add = [&](int chunk, float carried) {
       const int slot = item % L::kStages;
+      const uint8_t* image = images + static_cast<int64_t>(chunk) * L::kImage;
       mbarrier_wait(shared.state_empty(slot), L::free_parity(item++));
+      if constexpr (L::kRest > 0) place_rest(shared.state(slot), fetch_rest(args, row, chunk));
+      if (!leads) return;
       shared.carried(slot) = carried;
-      bulk_load(shared.state(slot), images + static_cast<int64_t>(chunk) * L::kImage, L::kImage, shared.state_full(slot));
+      bulk_load(shared.state(slot), image, L::kWideImage, shared.state_full(slot));
     };
 #pragma unroll
     for (int piece = 0; piece < kMaxLater; piece++)
@@ -255,7 +286,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
         split_tile<L::kProducers, 4, L::kPadded>(shared.x(stage) + k * kTileBytes, L::kHeadTiles * kTileBytes, x + p.column(head) + k * 64,
                                                  p.x_token, rows, L::columns(p), threadIdx.x);
       if (i == 0) wait_for_previous();
-      if (threadIdx.x == 0) states.fetch(args, at, i), states.load(args, at, shared, i);
+      if (threadIdx.x == 0) states.fetch(args, at, i), states.load(args, at, shared, i, {});
       if (warp == 0) {
         __syncwarp();
         decay.finish(p, head, at.token0, at.limit), shared.table(stage).make(decay, p.D && !p.d_per_channel ? p.D[p.step_head(head)] : 0.f);
@@ -290,11 +321,20 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
     for (int i = 0; i < at.heads; i++) {
       const int stage = i % L::kStages;
       uint64_t* bar = clear ? shared.landed() : shared.x_full(stage);
-      if (threadIdx.x == 0) states.fetch(args, at, i);
-      free(i);
-      if (threadIdx.x == 0) {
-        if (clear || i >= L::kEarly) load_x(i, bar);
-        states.load(args, at, shared, i);
+      if constexpr (L::kRest > 0) {
+        states.fetch(args, at, i);
+        typename StateLoader<L, kCut>::Rest rest;
+        if constexpr (!kCut) rest = states.fetch_rest(args, at.row + i * at.step, at.chunk);
+        free(i);
+        if (threadIdx.x == 0 && (clear || i >= L::kEarly)) load_x(i, bar);
+        states.load(args, at, shared, i, rest);
+      } else {
+        if (threadIdx.x == 0) states.fetch(args, at, i);
+        free(i);
+        if (threadIdx.x == 0) {
+          if (clear || i >= L::kEarly) load_x(i, bar);
+          states.load(args, at, shared, i, {});
+        }
       }
       __syncwarp();
       if (clear) {

@@ -22,8 +22,8 @@ struct StatesLayout : TwoPass<T_, kHeadDim_, kState_, kPadded_> {
   // The producers' warps: loads (one thread; all of two warps for float32), then weights.
   static constexpr int kLoaders = Base::kParts == 2 ? 64 : 32, kWeighing = kLoaders / 32;
   static constexpr int kStage = Base::kParts * (kWgs + Base::kHeadTiles) * kTileBytes;  // B, then x; high before low
-  static constexpr int kStages = 4 * kStage <= 196608 ? 4 : 2;
-  static constexpr int kOut = Base::kParts * Base::kHeadTiles * 2048;  // bytes of a warp's part of an image
+  static constexpr int kStages = 4 * kStage <= 196608 ? 4 : Base::kHeadTiles > 1 ? 3 : 2;
+  static constexpr int kOut = Base::kParts * Base::kWideTiles * 2048;  // bytes of a warp's part of an image's whole tiles
   static constexpr int kOutAt = kStages * kStage, kWeightAt = kOutAt + 4 * kWgs * kOut;
   static constexpr int kDecayAt = kWeightAt + kStages * kTileRows * 4;
   static constexpr int kBarrierAt = kDecayAt + 16;
@@ -94,27 +94,39 @@ struct StatesConsumer {
     });
   }
 
-  // The 16-bit copy of this warp's rows, by way of shared memory.
-  __device__ __forceinline__ void publish(const StatesShared<L>& shared, uint8_t* image) {
+  // The 16-bit copy of this warp's rows, by way of shared memory; `image`: their place in it, rows16: which 16 of d_state they are.
+  __device__ __forceinline__ void publish(const StatesShared<L>& shared, uint8_t* image, int rows16) {
     const bool leader = (threadIdx.x & 31) == 0;
     if (leader) bulk_wait_read();
     __syncwarp();
     const uint32_t out = shared.out(wg * 4 + warp), rows = out + Rows::lane_16x16();
 #pragma unroll
-    for (int n = 0; n < L::kAccumulators; n += 2) {
+    for (int n = 0; n < 8 * L::kWideTiles; n += 2) {
       uint32_t high[4], low[4];
       split<E>(h[n][0], h[n][1], high[0], low[0]), split<E>(h[n][2], h[n][3], high[1], low[1]);
       split<E>(h[n + 1][0], h[n + 1][1], high[2], low[2]), split<E>(h[n + 1][2], h[n + 1][3], high[3], low[3]);
       const uint32_t to = Rows::along(rows, n % 8) + n / 8 * 2048;
       store_matrix_x4(to, high[0], high[1], high[2], high[3]);
-      if (L::kParts == 2) store_matrix_x4(to + L::kHeadTiles * 2048, low[0], low[1], low[2], low[3]);
+      if (L::kParts == 2) store_matrix_x4(to + L::kWideTiles * 2048, low[0], low[1], low[2], low[3]);
     }
     fence_async_proxy();
     __syncwarp();
     if (leader) {
 #pragma unroll
-      for (int i = 0; i < L::kParts * L::kHeadTiles; i++) bulk_store(image + i * L::kStateTile, out + i * 2048, 2048);
+      for (int i = 0; i < L::kParts * L::kWideTiles; i++) bulk_store(image + i * L::kStateTile, out + i * 2048, 2048);
       bulk_commit();
+    }
+    if constexpr (L::kRest > 0) {
+      const int lane = threadIdx.x & 31;
+      constexpr int kRow = L::kRest / 2;  // in pairs of values
+      uint32_t* rest = reinterpret_cast<uint32_t*>(image + L::kWideImage - rows16 * 2048) + (rows16 * 16 + lane / 4) * kRow + lane % 4;
+#pragma unroll
+      for (int n = 0; n < L::kRest / 8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const float(&v)[4] = h[8 * L::kWideTiles + n];
+          rest[half * 8 * kRow + n * 4] = Traits<E>::pack(v[2 * half], v[2 * half + 1]);
+        }
     }
   }
 
@@ -149,8 +161,8 @@ struct StatesConsumer {
 
   // `n` chunks of the block come before this piece.
   __device__ __forceinline__ void walk(const TwoPassArgs& args, const StatesItem& at, const StatesShared<L>& shared, int n) {
-    uint8_t* image = static_cast<uint8_t*>(args.states) + (at.row * args.chunks + at.begin) * L::kImage +
-                     ((at.part * L::kWgs + wg) * 4 + warp) * 2048;
+    const int rows16 = (at.part * L::kWgs + wg) * 4 + warp;
+    uint8_t* image = static_cast<uint8_t*>(args.states) + (at.row * args.chunks + at.begin) * L::kImage + rows16 * 2048;
     // One thread of a head tells how much of the state at the start of a later piece is left behind each chunk.
     const bool tells = at.piece > 0 && at.part == 0 && wg == 0 && warp == 0 && (threadIdx.x & 31) == 0;
     float* left = args.decays + at.row * (args.chunks + 1) + at.begin;
@@ -158,17 +170,17 @@ struct StatesConsumer {
     // The copy goes out while the matrix unit is at the next chunk. That of a later piece's start is the piece's before it.
     float added[L::kAccumulators][4];
     begin(shared, n, added);
-    if (at.piece == 0) publish(shared, image);
+    if (at.piece == 0) publish(shared, image, rows16);
 #pragma unroll 1
     for (int c = 1; c < at.chunks; c++) {
       decay *= end(shared, n + c - 1, added);
       if (tells) left[c] = decay;
       begin(shared, n + c, added);
-      publish(shared, image + static_cast<int64_t>(c) * L::kImage);
+      publish(shared, image + static_cast<int64_t>(c) * L::kImage, rows16);
     }
     decay *= end(shared, n + at.chunks - 1, added);
     if (tells) left[at.chunks] = decay;
-    if (at.more) publish(shared, image + static_cast<int64_t>(at.chunks) * L::kImage);
+    if (at.more) publish(shared, image + static_cast<int64_t>(at.chunks) * L::kImage, rows16);
   }
 
   __device__ __forceinline__ void run(const TwoPassArgs& args, const StatesItem& first, const StatesShared<L>& shared) {
@@ -186,46 +198,50 @@ struct StatesConsumer {
 template <typename L>
 constexpr bool kPairedWeights = std::is_same_v<typename L::T, __nv_bfloat16>;
 
-// x times the weights of its tokens, in place.
+// A tile of x times the weights of its tokens, in place: kPieces times 8 columns of it.
+template <typename L, int kPieces>
+__device__ __forceinline__ void weigh_tile(uint32_t tile, const float* weights) {
+  using E = typename L::E;
+  constexpr int kLow = L::kHeadTiles * kTileBytes, kRows = L::kWeighers / kPieces;  // at once; they share a swizzle
+  const int thread = threadIdx.x % L::kWeighers, row = thread / kPieces;
+  const uint32_t first = tile + Tile<64>::offset(row, thread % kPieces);
+  weights += row;
+  uint32_t x[L::kParts][kPieces][4];
+#pragma unroll
+  for (int part = 0; part < L::kParts; part++)
+#pragma unroll
+    for (int i = 0; i < kPieces; i++) load_shared_16(first + part * kLow + i * kRows * 128, x[part][i]);
+#pragma unroll
+  for (int i = 0; i < kPieces; i++) {
+    const float w = weights[i * kRows];
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+      if constexpr (kPairedWeights<L>) {
+        x[0][i][r] = Traits<E>::multiply(x[0][i][r], __float_as_uint(w));
+        continue;
+      }
+      float2 f = Traits<E>::unpack(x[0][i][r]);
+      if constexpr (L::kParts == 2) {
+        const float2 low = Traits<E>::unpack(x[1][i][r]);
+        f.x += low.x, f.y += low.y;
+        split<E>(f.x * w, f.y * w, x[0][i][r], x[1][i][r]);
+      } else {
+        x[0][i][r] = Traits<E>::pack(f.x * w, f.y * w);
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < L::kParts; part++) store_shared_16(first + part * kLow + i * kRows * 128, x[part][i]);
+  }
+}
+
 template <typename L, bool kCut>
 __device__ __forceinline__ void states_weigh(const TwoPassArgs& args, const StatesItem& item, const StatesShared<L>& shared) {
-  using E = typename L::E;
-  const int row = threadIdx.x / 8 % 16, piece = threadIdx.x % 8;  // rows 16 apart share a swizzle
-  constexpr int kLow = L::kHeadTiles * kTileBytes;
   each_chunk<L, kCut, 1>(args, item, 0, [&](const StatesItem&, int, int n) {
     const int stage = n % L::kStages;
     mbarrier_wait(shared.full(stage), n / L::kStages & 1);
-    const float* weights = shared.weights(stage) + row;
-    const uint32_t first = shared.x(stage) + Tile<64>::offset(row, piece);
 #pragma unroll
-    for (int tile = 0; tile < L::kHeadTiles; tile++) {
-      uint32_t x[L::kParts][8][4];
-#pragma unroll
-      for (int part = 0; part < L::kParts; part++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) load_shared_16(first + part * kLow + tile * kTileBytes + i * 2048, x[part][i]);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const float w = weights[i * 16];
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-          if constexpr (kPairedWeights<L>) {
-            x[0][i][r] = Traits<E>::multiply(x[0][i][r], __float_as_uint(w));
-            continue;
-          }
-          float2 f = Traits<E>::unpack(x[0][i][r]);
-          if constexpr (L::kParts == 2) {
-            const float2 low = Traits<E>::unpack(x[1][i][r]);
-            f.x += low.x, f.y += low.y;
-            split<E>(f.x * w, f.y * w, x[0][i][r], x[1][i][r]);
-          } else {
-            x[0][i][r] = Traits<E>::pack(f.x * w, f.y * w);
-          }
-        }
-#pragma unroll
-        for (int part = 0; part < L::kParts; part++) store_shared_16(first + part * kLow + tile * kTileBytes + i * 2048, x[part][i]);
-      }
-    }
+    for (int tile = 0; tile < L::kWideTiles; tile++) weigh_tile<L, 8>(shared.x(stage) + tile * kTileBytes, shared.weights(stage));
+    if constexpr (L::kRest > 0) weigh_tile<L, L::kRest / 8>(shared.x(stage) + L::kWideTiles * kTileBytes, shared.weights(stage));
     fence_async_proxy();
     mbarrier_arrive(shared.weighted(stage));
   });

@@ -53,15 +53,16 @@ __device__ __forceinline__ void set_registers() {
 #define MAMBA_OUT_0_31                                                                \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "            \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MAMBA_OUT_32_39 "%32, %33, %34, %35, %36, %37, %38, %39"
 #define MAMBA_OUT_32_63                                                               \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "  \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 // The instructions name the type of their operands, so each type has them spelled out: one text serves both.
 //   rows_rows     d (+)= a b for 64 x 64 outputs and 16 of depth, both operands rows of depth in shared memory
-//   rows_columns  the same for 64 x 64 or 64 x 128 outputs, b with depth down the rows
+//   rows_columns  the same for 64 x 64, 64 x 80 or 64 x 128 outputs, b with depth down the rows
 //   columns_columns  the same, both operands in shared memory with depth down the rows
-//   regs_columns  d += a b for 64 x 64 or 64 x 128 outputs and 16 of depth: a in registers, b in shared memory with
+//   regs_columns  d += a b for the same outputs and 16 of depth: a in registers, b in shared memory with
 //                 depth down the rows
 template <typename T>
 struct Wgmma;
@@ -85,6 +86,14 @@ struct Wgmma;
           : MAMBA_ACC_8(0)                                                                                       \
           : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                         \
     }                                                                                                            \
+    static __device__ __forceinline__ void rows_columns(float (&d)[10][4], uint64_t a, uint64_t b, bool add) {  \
+      asm volatile(                                                                                             \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, %42, 0;\n"                                                      \
+          "wgmma.mma_async.sync.aligned.m64n80k16.f32." TYPE "." TYPE " "                                       \
+          "{" MAMBA_OUT_0_31 ", " MAMBA_OUT_32_39 "}, %40, %41, add, 1, 1, 0, 1;\n}"                            \
+          : MAMBA_ACC_8(0), MAMBA_ACC(8), MAMBA_ACC(9)                                                          \
+          : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                        \
+    }                                                                                                           \
     static __device__ __forceinline__ void rows_columns(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {   \
       asm volatile(                                                                                              \
           "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                       \
@@ -101,6 +110,14 @@ struct Wgmma;
           : MAMBA_ACC_8(0)                                                                                       \
           : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                         \
     }                                                                                                            \
+    static __device__ __forceinline__ void columns_columns(float (&d)[10][4], uint64_t a, uint64_t b, bool add) {\
+      asm volatile(                                                                                             \
+          "{\n.reg .pred add;\nsetp.ne.b32 add, %42, 0;\n"                                                      \
+          "wgmma.mma_async.sync.aligned.m64n80k16.f32." TYPE "." TYPE " "                                       \
+          "{" MAMBA_OUT_0_31 ", " MAMBA_OUT_32_39 "}, %40, %41, add, 1, 1, 1, 1;\n}"                            \
+          : MAMBA_ACC_8(0), MAMBA_ACC(8), MAMBA_ACC(9)                                                          \
+          : "l"(a), "l"(b), "r"(static_cast<int>(add)));                                                        \
+    }                                                                                                           \
     static __device__ __forceinline__ void columns_columns(float (&d)[16][4], uint64_t a, uint64_t b, bool add) {\
       asm volatile(                                                                                              \
           "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                       \
@@ -115,6 +132,12 @@ struct Wgmma;
                    : MAMBA_ACC_8(0)                                                                              \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                        \
     }                                                                                                            \
+    static __device__ __forceinline__ void regs_columns(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b) {\
+      asm volatile("wgmma.mma_async.sync.aligned.m64n80k16.f32." TYPE "." TYPE " "                              \
+                   "{" MAMBA_OUT_0_31 ", " MAMBA_OUT_32_39 "}, {%40, %41, %42, %43}, %44, 1, 1, 1, 1;"          \
+                   : MAMBA_ACC_8(0), MAMBA_ACC(8), MAMBA_ACC(9)                                                 \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                       \
+    }                                                                                                           \
     static __device__ __forceinline__ void regs_columns(float (&d)[16][4], const uint32_t (&a)[4], uint64_t b) { \
       asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "                              \
                    "{" MAMBA_OUT_0_31 ", " MAMBA_OUT_32_63 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"           \
@@ -128,6 +151,7 @@ MAMBA_WGMMA(__half, "f16")
 
 #undef MAMBA_WGMMA
 #undef MAMBA_OUT_32_63
+#undef MAMBA_OUT_32_39
 #undef MAMBA_OUT_0_31
 #undef MAMBA_ACC_8
 #undef MAMBA_ACC

@@ -84,6 +84,12 @@ def number(more: str, what: str, default: int) -> int:
     return int(found[1]) if found else default
 
 
+def in_halves(dtype: torch.dtype, more: str) -> bool:
+    """Whether a head is two of the kernel's; of 72 and 80 columns there are kernels for whole ones."""
+    width, d_state = number(more, "columns", 64), number(more, "states", 128)
+    return width > 64 and not (width <= 80 and 64 < d_state <= 128 and dtype != torch.float32)
+
+
 def make(batch: int, seqlen: int, nheads: int, ngroups: int, dtype: torch.dtype, more: str) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seqlen + nheads)
 
@@ -91,7 +97,7 @@ def make(batch: int, seqlen: int, nheads: int, ngroups: int, dtype: torch.dtype,
         return torch.randn(*size, generator=generator)
 
     d_state, width = number(more, "states", 128), number(more, "columns", 64)
-    nheads = nheads // 2 if width > 64 else nheads  # two of the kernel are one
+    nheads = nheads // 2 if in_halves(dtype, more) else nheads
     inputs: dict[str, Any] = {
         "x": normal(batch, seqlen, nheads, width).to(dtype), "dt": normal(batch, seqlen, nheads).to(dtype),
         "B": normal(batch, seqlen, ngroups, d_state).to(dtype), "C": normal(batch, seqlen, ngroups, d_state).to(dtype),
@@ -154,6 +160,9 @@ def error(out: torch.Tensor, expected: torch.Tensor) -> float:
         ((1, 150, 4, 2), torch.float32, 1, 2, 2, "128 columns gate"),
         ((2, 150, 6, 1), torch.bfloat16, 2, 3, 2, "80 columns"),
         ((3, 150, 4, 1), torch.float16, 1, 4, 1, "80 columns gate ragged"),  # in two pairs of launches
+        ((1, 400, 3, 1), torch.bfloat16, 2, 3, 4, "72 columns 72 states gate"),
+        ((1, 600, 5, 1), torch.bfloat16, 1, 5, 5, "80 columns"),  # stages come round
+        ((2, 150, 6, 1), torch.bfloat16, 1, 3, 2, "80 columns 64 states"),
         ((1, 150, 4, 2), torch.float32, 1, 2, 2, "80 columns gate"),
         ((1, 300, 5, 1), torch.bfloat16, 2, 5, 3, "256 states"),
         ((3, 150, 4, 2), torch.float16, 1, 2, 1, "256 states gate ragged"),
@@ -205,6 +214,8 @@ def test_matches_float64(
         ((1, 400, 8, 2), torch.float32, 1, 4, (1, 1, 2), "88 columns 40 states slow"),
         ((6, 400, 2, 1), torch.bfloat16, 2, 1, (2, 2, 3), "80 columns slow gate ragged"),
         ((1, 400, 6, 1), torch.float32, 1, 6, (1, 1, 2), "80 columns slow"),
+        ((1, 400, 5, 1), torch.bfloat16, 2, 5, (7, 0, 1), "80 columns slow gate"),
+        ((6, 400, 3, 1), torch.float16, 1, 3, (1, 1, 2), "80 columns slow ragged in place"),
         ((1, 500, 6, 1), torch.bfloat16, 2, 3, (1, 1, 2), "80 columns 256 states slow"),
         ((6, 400, 3, 1), torch.float16, 1, 3, (1, 1, 2), "256 states slow ragged in place"),
         ((1, 400, 5, 1), torch.bfloat16, 2, 5, (7, 0, 1), "256 states slow gate"),
@@ -237,7 +248,7 @@ def check(
     call.d_state = inputs["B"].shape[-1]
     call.dt_softplus, call.d_per_channel = int(inputs["dt_bias"] is not None), int(inputs["D"].dim() == 2)
     call.width = number(more, "columns", 64)
-    call.halves = int(call.width > 64)
+    call.halves = int(in_halves(dtype, more))
     call.heads_per_block, call.chunks = heads, chunks
     call.first, call.rest, call.together = cut
     library.two_pass(ctypes.byref(call), {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype], warpgroups)

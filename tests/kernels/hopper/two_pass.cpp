@@ -18,9 +18,9 @@ struct Call {
   int32_t first, rest, together;    // see TwoPassArgs; first: 0 if rows are not cut, or the run if rest is 0
 };
 
-template <typename T, int kState, int kWgs, bool kPadded> void run_as(const Call& q) {
-  using States = StatesLayout<T, 64, kState, kPadded, kWgs>;
-  using Outputs = OutputsLayout<T, 64, kState, kPadded>;
+template <typename T, int kHeadDim, int kState, int kWgs, bool kPadded> void run_as(const Call& q) {
+  using States = StatesLayout<T, kHeadDim, kState, kPadded, kWgs>;
+  using Outputs = OutputsLayout<T, kHeadDim, kState, kPadded>;
   const int64_t wide = (q.nheads >> q.halves) * q.width, narrow = q.ngroups * q.d_state, tokens = q.seqlen;
   TwoPassArgs a = {};
   ScanArgs& s = a.scan;
@@ -33,11 +33,11 @@ template <typename T, int kState, int kWgs, bool kPadded> void run_as(const Call
   a.x = {q.x, kPadded ? q.width : static_cast<int>(wide), q.seqlen, q.batch, wide, wide * tokens};
   a.B = {q.B, kPadded ? q.d_state : static_cast<int>(narrow), q.seqlen, q.batch, narrow, narrow * tokens}, a.C = a.B, a.C.base = q.C, a.y = a.x, a.y.base = q.y;
   std::vector<uint8_t> images(static_cast<size_t>(q.batch) * q.nheads * q.chunks * States::kImage, 0xff);
-  std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * 64 * kState, NAN);
+  std::vector<float> carry(static_cast<size_t>(q.batch) * q.nheads * kHeadDim * kState, NAN);
   const int all = ceil_div(q.seqlen, kTwoPassChunk), rows = q.batch * q.nheads;
   a.rest = q.rest, a.together = q.together, a.later = q.first ? q.rest ? ceil_div(all - q.first, q.rest) : 1 : 0;
   if (q.rest == 0) a.run = q.first, a.rest = all;
-  std::vector<float> decays(static_cast<size_t>(rows) * (all + 1), NAN), ends(static_cast<size_t>(rows) * a.later * 64 * kState, NAN);
+  std::vector<float> decays(static_cast<size_t>(rows) * (all + 1), NAN), ends(static_cast<size_t>(rows) * a.later * kHeadDim * kState, NAN);
   a.decays = decays.data(), a.ends = ends.data();
   a.states = images.data(), a.carry = carry.data(), a.rows = q.batch, a.group_blocks = ceil_div(q.nheads / q.ngroups, q.heads_per_block);
   for (a.chunk0 = 0; a.chunk0 < all; a.chunk0 += q.chunks) {
@@ -56,10 +56,13 @@ template <typename T, int kState, int kWgs, bool kPadded> void run_as(const Call
 }
 
 template <typename T, int kState, int kWgs> void run(const Call& q) {
+  if constexpr (sizeof(T) == 2 && kState == 128) {
+    if (q.width > 64 && !q.halves) return run_as<T, 80, kState, kWgs, true>(q);
+  }
   if (q.width < 64 || q.d_state != kState)
-    run_as<T, kState, kWgs, true>(q);
+    run_as<T, 64, kState, kWgs, true>(q);
   else
-    run_as<T, kState, kWgs, false>(q);
+    run_as<T, 64, kState, kWgs, false>(q);
 }
 
 template <typename T> void run(const Call& q, int warpgroups) {
