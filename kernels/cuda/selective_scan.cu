@@ -49,7 +49,7 @@ bool covers_chain(const Params& p, const Tactic& t) {
   auto fits = [&](auto layout) {
     const size_t run = layout.kRun * dtype_size(p.dtype);  // bytes copied at once, by accesses of 16 at most
     return activations_aligned(p, std::min<size_t>(16, run)) && p.dim / p.ngroups % layout.kRun == 0 &&
-           layout.slots(t) >= ceil_div(t.warps, layout.kTiles) + t.copiers;  // with fewer, a barrier could be a phase behind
+           layout.slots(t) >= layout.least_slots(t);
   };
   return p.dtype == MAMBA_F32 ? with_chain<float>(t, p.d_state, fits) : with_chain<__half>(t, p.d_state, fits);
 }

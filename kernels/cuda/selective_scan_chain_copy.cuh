@@ -59,6 +59,8 @@ template <typename T, int kLanes, int kN = kState> struct Chain {
   static __host__ __device__ int fixed_bytes(int K, int W) {  // records [K][W]; barriers: [K][W][kHands] and 2 a slot
     return int(sizeof(float) * record_floats(K, W) + sizeof(uint64_t) * (K * W * kHands + 32));
   }
+  // With fewer a barrier could be a phase behind.
+  static int least_slots(const Tactic& t) { return ceil_div(t.warps, kTiles) + t.copiers; }
   // Slots that fit beside the rest; negative or 0 if not even that does.
   static int slots(const Tactic& t) {
     return std::min(16, (int(max_shared_bytes()) - fixed_bytes(t.groups, t.warps)) / slot_bytes(t.groups));

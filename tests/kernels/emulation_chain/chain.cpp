@@ -24,9 +24,10 @@ struct Case {
 };
 
 template <typename T, int kLanes, int kN> void launch(const Chain<T, kLanes, kN>& layout, const Case& c, const Args<T>& a) {
-  const int least = mamba::ceil_div(c.warps, layout.kTiles) + c.copiers;
-  const int slots = c.few_slots ? least : layout.slots({0, c.groups, c.warps, c.copiers, 1});
-  if (slots < least) std::abort();
+  const Tactic t{0, c.groups, c.warps, c.copiers, 1};
+  const int filled = std::max(mamba::ceil_div(c.tokens, layout.kSpan), layout.least_slots(t));  // as at a launch
+  const int slots = c.few_slots ? layout.least_slots(t) : std::min(layout.slots(t), filled);
+  if (slots < layout.least_slots(t)) std::abort();
   const unsigned threads = 32 * (c.groups * c.warps + c.copiers);
   const unsigned blocks = c.ngroups * mamba::ceil_div(a.group_dim, c.groups * layout.kWidth);
   for (unsigned b = 0; b < blocks * c.batch; b++) {
