@@ -15,16 +15,17 @@ constexpr int chain_tiles(int states) { return states <= 32 ? 4 : states == 64 ?
 // the states beyond are zeros.
 template <typename T, int kLanes, int kN = kState> struct Chain {
   static constexpr int kLanesOfChannel = kLanes, kAllStates = kN;
-  static constexpr int kWidth = 32 / kLanes, kTokens = 16;                            // channels of a group, tokens of a tile
+  static constexpr int kWidth = 32 / kLanes, kTokens = 16;                             // channels of a group, tokens of a tile
   static constexpr int kTiles = chain_tiles(kN), kSpan = kTiles * kTokens;             // tiles and tokens of a slot
-  static constexpr int kRun = kWidth < 8 ? kWidth : 8;                                // channels copied at once
-  static constexpr int kStates = kN / kLanes;                                         // of a lane,
+  static constexpr int kRun = kWidth < 8 ? kWidth : 8;                                 // channels copied at once
+  static constexpr int kStates = kN / kLanes;                                          // of a lane,
   static constexpr int kTogether = kLanes == 2 ? 1 : 2, kHands = kStates / kTogether;  // which hands kTogether on at once
-  static constexpr bool kOneA = kN > kState;  // a copy of A for a group, not for each of its warps
-  static constexpr int kOwn = kTokens / kLanes;                         // tokens of a tile that a lane makes dt of and finishes
+  static constexpr bool kOneA = kN > kState;     // a copy of A for a group, not for each of its warps
+  static constexpr int kOwn = kTokens / kLanes;  // tokens of a tile that a lane makes dt of and finishes
   // A slot: u, delta, z of every group, [tile][token][kWidth] with a token of padding behind every kPadded (so that the
   // lanes of a warp, with kOwn tokens in a row each, read different banks); then B and C as float32,
-  // [2 * kN][token / 4 of a tile][tile][4], time innermost. The pad: lanes with different states read different banks.
+  // [2 * kN][token / 4 of a tile][tile][4], time innermost, from a multiple of 16 bytes on. The pad: lanes with different states
+  // read different banks.
   static constexpr int kPadded = kLanes == 2 ? kTokens : 128 / (kWidth * int(sizeof(T)));
   static constexpr int kTileRows = kTokens + kTokens / kPadded, kActivation = (kTiles * kTileRows * kWidth + 7) / 8 * 8;
   static constexpr int kPad = 4, kRow = kSpan, kStep = kTiles * 4;

@@ -3,7 +3,7 @@
 
 // Blocks of the chain: the states of their kernel, lanes a channel, groups of 32 / lanes channels, warps a group, copying warps,
 // and what was measured: microseconds to start and nanoseconds per token of a block that has a multiprocessor to itself. The
-// last of each number of states fits where shared memory is small.
+// last of each number of states but 256 fits where shared memory is small.
 struct ChainBlock {
   int states, lanes, groups, warps, copiers;
   double start_us, token_ns;

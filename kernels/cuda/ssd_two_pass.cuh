@@ -46,7 +46,7 @@ struct TwoPass {
   static constexpr int kStateTile = kState * 128;                          // bytes of 64 columns of headdim
   static constexpr int kWideImage = kParts * kWideTiles * kStateTile, kImage = kWideImage + kState * kRest * 2;  // bytes
   static_assert(kRest == 0 || (kParts == 1 && kRest == 16), "what is copied by threads");
-  static constexpr int kAccumulators = kHeadDim / 8;               // of four registers
+  static constexpr int kAccumulators = kHeadDim / 8;  // of four registers
 
   // Where a head or a group begins for the copy engine, see TwoPassArgs.
   struct Place {
