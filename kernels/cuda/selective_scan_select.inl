@@ -83,12 +83,13 @@ int generic_pieces(const Params& p) {
   return 10 * blocks > 13 * sm_count() || pieces < 3 ? 1 : int(pieces);
 }
 
-// In pieces: what 132 full multiprocessors take for a token of a channel, measured from 8 to 256 states, and half a microsecond for
-// every piece that a later one looks at.
+// In pieces. Fitted to what was measured from 8 to 256 states and 64 to 5,120 channels: a channel's token with a block to every
+// multiprocessor (more gain little), and half a microsecond for every piece that a later one looks at.
 double generic_us(const Params& p, int pieces) {
-  const double full = double(generic_rows(p) * pieces) / (generic_blocks(generic_lanes(p.d_state)) * sm_count());
-  const double ns = 0.0095 + 0.00083 * p.d_state * (1 + p.d_state / 300.0);
-  return 15 + 0.5 * pieces + 1e-3 * ns * p.batch * p.dim * p.seqlen * 132 / sm_count() / std::min(1.0, full);
+  const int channels = kGenericThreads / generic_lanes(p.d_state);
+  const double blocks = double(generic_rows(p)) * pieces, busy = std::min(blocks, double(sm_count()));
+  const double ns = (0.0061 + 0.0008 * p.d_state) * std::pow(std::max(1.0, p.d_state / 64.0), 0.45) * 132;
+  return 15 + 0.5 * pieces + 1e-3 * ns * blocks * channels * p.seqlen / pieces / busy;
 }
 
 // The tactics that cover the shape, fastest first.
@@ -114,9 +115,10 @@ struct Candidates {
       if (b.states == chain_states(p.d_state)) add(p, {b.kernel(), b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
     }
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
-    // With fewer pieces too, for callers with a small workspace.
-    for (int pieces = generic_pieces(p); pieces > 2 && p.d_state != kState; pieces /= 2) {
-      add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, generic_us(p, pieces));
+    // With fewer pieces too, for callers with a small workspace; fewer were always slower.
+    const int most = generic_pieces(p);
+    for (int pieces = most; pieces > 2 && p.d_state != kState; pieces /= 2) {
+      add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, generic_us(p, most) * most / pieces);
     }
   }
   void add(const Params& p, const Tactic& t, double cost) {

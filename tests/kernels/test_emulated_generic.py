@@ -1,5 +1,7 @@
 """selective_scan's generic tactic, device and host code as it stands, on the CPU, a fiber for every thread of a block.
 
+And the selector's choices for an H200, which need no kernel.
+
 Only what is PTX is replaced (``fibers/``); shared memory begins as NaN. Speed needs a GPU.
 """
 
@@ -101,3 +103,55 @@ def test_agrees_with_the_recurrence(shape: tuple[int, ...], dtype: torch.dtype, 
     )
     assert error(y, expected) < LIMIT[dtype]
     assert error(h, final) < 1e-5
+
+
+GENERIC, CHANNEL, TWO_LANES, FOUR_LANES, EIGHT_LANES = range(5)  # struct Tactic in selective_scan.cuh
+
+
+@pytest.mark.parametrize(
+    ("shape", "d_state", "kernel", "groups"),  # shape: batch, channels, tokens; groups: of a block of the chain
+    [
+        ((1, 768, 2048), 8, FOUR_LANES, 1),
+        ((1, 1536, 2048), 8, FOUR_LANES, 2),
+        ((1, 3072, 1024), 8, FOUR_LANES, 3),
+        ((8, 2048, 512), 8, FOUR_LANES, 4),
+        ((1, 5120, 1024), 8, FOUR_LANES, 5),
+        ((1, 64, 8192), 8, FOUR_LANES, 1),
+        ((1, 768, 2048), 32, EIGHT_LANES, 2),
+        ((1, 1536, 2048), 32, EIGHT_LANES, 3),
+        ((1, 3072, 1024), 32, FOUR_LANES, 3),
+        ((1, 5120, 1024), 32, FOUR_LANES, 5),
+        ((1, 256, 16384), 32, GENERIC, 0),
+        ((1, 768, 2048), 64, EIGHT_LANES, 2),
+        ((1, 1536, 2048), 64, EIGHT_LANES, 3),
+        ((1, 2048, 2048), 64, FOUR_LANES, 2),
+        ((1, 5120, 1024), 64, EIGHT_LANES, 5),
+        ((1, 64, 8192), 64, GENERIC, 0),
+        ((1, 1536, 2048), 128, EIGHT_LANES, 3),
+        ((1, 2048, 2048), 128, EIGHT_LANES, 4),
+        ((1, 256, 16384), 128, GENERIC, 0),
+        ((1, 768, 1024), 256, EIGHT_LANES, 2),
+        ((4, 1536, 256), 256, EIGHT_LANES, 4),
+        ((1, 256, 2048), 256, GENERIC, 0),
+        ((2, 1536, 2048), 16, FOUR_LANES, 3),
+        ((1, 8192, 2048), 16, TWO_LANES, 2),
+        ((2, 5120, 2048), 16, FOUR_LANES, 5),
+        ((6, 1536, 256), 16, FOUR_LANES, 5),
+        ((16, 1536, 128), 16, CHANNEL, 0),
+    ],
+    ids=str,
+)
+def test_the_selector_takes_what_was_fastest_on_an_h200(
+    built: ctypes.CDLL, shape: tuple[int, int, int], d_state: int, kernel: int, groups: int
+) -> None:
+    batch, dim, seqlen = shape
+    u, B = torch.empty(batch, seqlen, dim, dtype=torch.bfloat16), torch.empty(batch, seqlen, 1, d_state).bfloat16()
+    A = torch.empty(dim, d_state)
+    params = selective_scan._params(u, u, A, B, B, None, None, None, u, None, True, False, u, None, -1)
+    found = (ctypes.c_int32 * 64)()
+    built.set_multiprocessors(132)
+    try:
+        assert built.mamba_selective_scan_tactics(ctypes.byref(params), found, len(found)) > 1
+    finally:
+        built.set_multiprocessors(2)
+    assert (found[0] & 15, found[0] >> 4 & 255) == (kernel, groups)
