@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
   const int group = blockIdx.x / blocks_per_group;
   const int c0 = group * p.group_dim + (blockIdx.x % blocks_per_group) * width;
   const int channels = min(width, (group + 1) * p.group_dim - c0);
-  const int d_state = kN == kState ? kState : p.d_state;
+  const int d_state = L::d_state(p);
 
   extern __shared__ __align__(16) char shared[];
   const int slot_bytes = L::slot_bytes(K);

@@ -53,6 +53,7 @@ template <typename T, int kLanes, int kN = kState> struct Chain {
                          : (c & 1) | (part & 1) << 1 | (c & 2) << 1 | part >> 1 << 3;
   }
 
+  static __device__ __forceinline__ int d_state(const Args<T>& p) { return kN == kState ? kState : p.d_state; }
   static __host__ __device__ int slot_bytes(int K) {
     return int(3 * K * kActivation * sizeof(T) + row(2 * kN) * sizeof(float));
   }
@@ -154,7 +155,7 @@ template <typename T, typename L> struct Copier {
     const int c = c0 + column * kRun;
     u = column_of(p.u, p.u_stride, c), delta = column_of(p.delta, p.delta_stride, c), y = column_of(p.y, p.y_stride, c);
     z = p.z ? column_of(p.z, p.z_stride, c) : u;
-    const int states = L::kAllStates == kState ? kState : p.d_state;
+    const int states = L::d_state(p);
     B = column_of(p.B, p.B_stride, group * states), C = column_of(p.C, p.C_stride, group * states);
   }
 

@@ -111,15 +111,18 @@ struct Candidates {
         add(p, {Tactic::kChannel, 0, 0, 0, pieces}, side_by_side_us(p, blocks, pieces));
       }
     }
+    const int states = chain_states(p.d_state);
     for (const ChainBlock& b : kChainBlocks) {
-      if (b.states == chain_states(p.d_state)) add(p, {b.kernel(), b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
+      if (b.states == states) add(p, {b.kernel(), b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
     }
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
-    // With fewer pieces too, for callers with a small workspace; fewer were always slower.
+    if (p.d_state != kState) add_pieces(p);
+  }
+  // generic in pieces; with fewer too, for callers with a small workspace, though fewer were always slower.
+  void add_pieces(const Params& p) {
     const int most = generic_pieces(p);
-    for (int pieces = most; pieces > 2 && p.d_state != kState; pieces /= 2) {
-      add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, generic_us(p, most) * most / pieces);
-    }
+    const double least_us = generic_us(p, most);
+    for (int pieces = most; pieces > 2; pieces /= 2) add(p, {Tactic::kGeneric, 0, 8, 0, pieces}, least_us * most / pieces);
   }
   void add(const Params& p, const Tactic& t, double cost) {
     if (!covers(p, t)) return;
