@@ -30,6 +30,7 @@ def cases(op: str) -> Iterator[str]:
 
     f32 = torch.float32
     lens = torch.tensor([70, 33], dtype=torch.int32, device="cuda")
+    long_lens = torch.tensor([300, 133], dtype=torch.int32, device="cuda")
     if op == "causal_conv1d":
         for seqlen, channels, width in ((70, 136, 4), (70, 33, 3), (1, 136, 4), (2, 64, 4)):
             state = normal(2, channels, width - 1)
@@ -50,7 +51,8 @@ def cases(op: str) -> Iterator[str]:
             (28, 128, 1, torch.bfloat16),
             (24, 200, 1, torch.bfloat16),
         ):
-            length = 1 if update else 70
+            length = 1 if update else 300 if d_state == 16 else 70  # 300: linked blocks of every kind hand states on
+            rows = long_lens if length == 300 else lens
             u, delta, z = (normal(2, length, dim, dtype=dtype) for _ in range(3))
             B, C = (normal(2, length, groups, d_state, dtype=dtype) for _ in range(2))
             A, state = -torch.rand(dim, d_state, device="cuda"), normal(2, dim, d_state, dtype=f32)
@@ -62,7 +64,7 @@ def cases(op: str) -> Iterator[str]:
                 # the last ones: rows in pieces, which the selector lists for other shapes, in turn and side by side
                 in_pieces = [channel_tactic(3, 2), channel_tactic(3)] if d_state == 16 else [generic_tactic(3)]
                 for tactic in [*selective_scan_tactics(u, delta, A, B, C, z), *in_pieces]:
-                    selective_scan(u, delta, A, B, C, D, bias, state, z, lens, tactic=tactic)
+                    selective_scan(u, delta, A, B, C, D, bias, state, z, rows, tactic=tactic)
             yield f"{dim} channels, {d_state} states, {dtype}"
     else:
         update = op == "ssd_state_update"

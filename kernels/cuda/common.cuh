@@ -12,6 +12,7 @@
 namespace mamba {
 
 int sm_count();             // multiprocessors of the current device, read once
+int compute_major();        // of the current device, read once
 size_t max_shared_bytes();  // most dynamic shared memory of a block there
 
 inline int launch_status() { return cudaGetLastError() == cudaSuccess ? MAMBA_OK : MAMBA_ERROR_CUDA; }

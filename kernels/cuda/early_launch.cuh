@@ -50,19 +50,23 @@ template <typename T> __device__ __forceinline__ T load_early(const T* p) {
 }
 
 #ifndef __CUDACC_RTC__
-int compute_major();  // of the current device, read once
-
-// Launches a kernel that calls wait_for_previous, with `shared` bytes of dynamic shared memory.
+// Launches a kernel that calls wait_for_previous, with `shared` bytes of dynamic shared memory, in clusters of `cluster` blocks.
 template <typename... P>
-int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int shared, cudaStream_t stream, P... arguments) {
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int shared, int cluster, cudaStream_t stream, P... arguments) {
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
-  config.attrs = &early, config.numAttrs = compute_major() >= 9 ? 1 : 0;
+  config.attrs = attributes, config.numAttrs = compute_major() < 9 ? 0 : cluster > 1 ? 2 : 1;
   const bool launched = cudaLaunchKernelEx(&config, kernel, arguments...) == cudaSuccess;
   return launched && cudaGetLastError() == cudaSuccess ? MAMBA_OK : MAMBA_ERROR_CUDA;
+}
+template <typename... P>
+int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, int shared, cudaStream_t stream, P... arguments) {
+  return launch_early(kernel, grid, block, shared, 1, stream, arguments...);
 }
 template <typename... P>
 int launch_early(void (*kernel)(P...), dim3 grid, dim3 block, cudaStream_t stream, P... arguments) {

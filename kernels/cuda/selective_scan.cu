@@ -41,15 +41,16 @@ bool bc_aligned(const Params& p) {
 }
 
 bool covers_chain(const Params& p, const Tactic& t) {
-  const int lanes = 2 << (t.kernel - Tactic::kChain);
-  if (!chain_lanes(chain_states(p.d_state), lanes) || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.warps < 1 ||
+  const bool linked = t.kernel == Tactic::kLinked;
+  if (linked && (!linked_warps(chain_states(p.d_state), t.warps) || compute_major() < 9)) return false;
+  if (!chain_lanes(chain_states(p.d_state), chain_lanes_of(t.kernel)) || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.warps < 1 ||
       t.copiers < 1 || t.groups * t.warps + t.copiers > kChainWarps) {
     return false;
   }
   auto fits = [&](auto layout) {
     const size_t run = layout.kRun * dtype_size(p.dtype);  // bytes copied at once, by accesses of 16 at most
     return activations_aligned(p, std::min<size_t>(16, run)) && p.dim / p.ngroups % layout.kRun == 0 &&
-           layout.slots(t) >= layout.least_slots(t);
+           t.groups * t.warps + t.copiers <= layout.kMostWarps && layout.slots(t) >= layout.least_slots(t);
   };
   return p.dtype == MAMBA_F32 ? with_chain<float>(t, p.d_state, fits) : with_chain<__half>(t, p.d_state, fits);
 }
@@ -101,7 +102,8 @@ bool covers(const Params& p, const Tactic& t) {
     case Tactic::kChannel: return p.d_state == kState && t.pieces >= 1;
     case Tactic::kChain:
     case Tactic::kChain4:
-    case Tactic::kChain8: return covers_chain(p, t);
+    case Tactic::kChain8:
+    case Tactic::kLinked: return covers_chain(p, t);
     default: return false;
   }
 }

@@ -44,7 +44,7 @@ template <typename T> struct Args {
 // Which kernel, and: chain (two, four or eight lanes a channel): groups of channels in a block, scanning warps of a group,
 // copying warps; channel: pieces of a row, side by side or in turn by so many blocks of a multiprocessor (in copiers); generic: pieces.
 struct Tactic {
-  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kChain4 = 3, kChain8 = 4 };
+  enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kChain4 = 3, kChain8 = 4, kLinked = 5 };
   int kernel, groups, warps, copiers, pieces;
   int code() const { return kernel | groups << 4 | warps << 12 | copiers << 17 | pieces << 20; }
   int in_turn() const { return kernel == kChannel && pieces > 1 ? copiers : 0; }

@@ -7,7 +7,9 @@
 // value at the end of the tile before, which another warp has, runs the recurrence and hands the value on; only then it
 // adds to y and computes the decays of the next state. The W warps of a group take its tiles in turn.
 //
-// P more warps only copy: they keep a ring of N slots of one to four tiles filled and write y, which lies in the place of z.
+// P more warps only copy: they keep a ring of N slots of some tiles filled and write y, which lies in the place of z.
+//
+// Linked (selective_scan_chain_linked.cuh), two blocks own the groups together and take slots in turn.
 #pragma once
 
 #include "early_launch.cuh"
@@ -27,16 +29,19 @@ __device__ __forceinline__ void copy_A(float* to, const Args<T>& p, int K, int c
   }
 }
 
-template <typename T, int kLanes, int kN>
-__global__ void __launch_bounds__(32 * kChainWarps, 1)
-    chain_kernel(const __grid_constant__ Args<T> p, int K, int W, int N) {
-  using L = Chain<T, kLanes, kN>;
+template <typename T, int kLanes, int kN, int kLinked, bool kEarly>
+__global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps, 1)
+    chain_kernel(const __grid_constant__ Args<T> p, int K, int warps_of_group, int N) {
+  using L = Chain<T, kLanes, kN, kLinked, kEarly>;
+  constexpr int kBlocks = L::kBlocks;
+  const int W = kLinked ? kLinked : warps_of_group;
   constexpr int G = L::kWidth, kStates = L::kStates, kHands = L::kHands, kTogether = L::kTogether, kAct = L::kActivation;
   const int warps = K * W, copiers = blockDim.x / 32 - warps;
   const int b = blockIdx.y, width = K * G;
   const int blocks_per_group = ceil_div(p.group_dim, width);
-  const int group = blockIdx.x / blocks_per_group;
-  const int c0 = group * p.group_dim + (blockIdx.x % blocks_per_group) * width;
+  const int column = blockIdx.x / kBlocks, turn = blockIdx.x % kBlocks;  // which block of its cluster this is
+  const int group = column / blocks_per_group;
+  const int c0 = group * p.group_dim + (column % blocks_per_group) * width;
   const int channels = min(width, (group + 1) * p.group_dim - c0);
   const int d_state = L::d_state(p);
 
@@ -47,13 +52,28 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
   float* records = reinterpret_cast<float*>(shared + N * slot_bytes);            // [K][W][kRecord]
   uint64_t* ready = reinterpret_cast<uint64_t*>(records + L::record_floats(K, W));  // [K][W][kHands]: handed on
   uint64_t *filled = ready + K * W * kHands, *done = filled + 16;                // [16] each
+  [[maybe_unused]] uint64_t* arrived = done + 16;                                // [K][kHands], the inboxes behind
+  [[maybe_unused]] float2* inboxes = reinterpret_cast<float2*>(arrived + K * kHands);
 
-  for (int i = threadIdx.x; i < K * W * kHands; i += blockDim.x) mbarrier_init(&ready[i], 32);
-  if (threadIdx.x < N) {
-    mbarrier_init(&filled[threadIdx.x], 2 * 32);
-    mbarrier_init(&done[threadIdx.x], L::kTiles * 32 * K);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all_warps = warps + copiers;
+  if (lane == 0) {  // of every warp: the lanes of one would do it one after the other, 0.4 us more
+    for (int i = warp; i < K * W * kHands; i += all_warps) mbarrier_init(&ready[i], 32);
+    for (int i = warp; i < N; i += all_warps) {
+      mbarrier_init(&filled[i], 2 * 32);
+      mbarrier_init(&done[i], L::kTiles * 32 * K);
+    }
+    if constexpr (kLinked > 0) {
+      for (int i = warp; i < K * kHands; i += all_warps) {
+        mbarrier_init(&arrived[i], 1);
+        mbarrier_expect(&arrived[i], kSentBytes);
+      }
+    }
   }
-  __syncthreads();
+  if constexpr (kLinked > 0) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
   let_next_start();
   wait_for_previous();
   [[maybe_unused]] float* all_A = records + K * W * L::kRecord;  // with kOneA, [K][kHands][32][kTogether]
@@ -61,9 +81,10 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
     copy_A<L>(all_A, p, K, c0, channels, d_state);
     __syncthreads();
   }
-  const int n = row_length(p, b), tiles = ceil_div(n, L::kTokens), spans = ceil_div(n, L::kSpan);
+  const int n = row_length(p, b), all_spans = ceil_div(n, L::kSpan);
+  const int spans = kLinked ? (all_spans + 1 - turn) / 2 : all_spans;  // of this block
+  auto start_of = [&](int span) { return (span * kBlocks + turn) * L::kSpan; };
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp < warps) {
     const int k = warp % K, w = warp / K, part = L::part(lane), channel = L::channel(lane), c = c0 + k * G + channel;
     const bool in = c < c0 + channels, use_softplus = p.softplus, has_z = p.z;
@@ -74,7 +95,7 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
     uint64_t *in_ready = ready + (k * W + before) * kHands, *out_ready = ready + (k * W + w) * kHands;
     [[maybe_unused]] PairLane<L> own;
     float* own_A = L::kOneA ? all_A + k * L::kHanded + lane * kTogether : carry_out + L::kHanded;
-    // The last warp hands the state before the first token on to warp 0.
+    // The last warp hands the state before the first token on to warp 0 (linked: that of the row's first block).
 #pragma unroll
     for (int s = 0; s < kStates; s++) {
       const int state = part * kStates + s;
@@ -82,7 +103,7 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
       const bool there = in && (kN == kState || state < d_state);
       if (!L::kOneA) own_A[at] = there ? p.A[int64_t(c) * d_state + state] * kLog2e : 0.0f;
       if (w == W - 1) {
-        carry_out[at] = there && p.h0 ? p.h0[(int64_t(b) * p.dim + c) * d_state + state] : 0.0f;
+        carry_out[at] = there && p.h0 && turn == 0 ? p.h0[(int64_t(b) * p.dim + c) * d_state + state] : 0.0f;
         if (s % kTogether == kTogether - 1) mbarrier_arrive(out_ready + s / kTogether);
       }
     }
@@ -91,14 +112,26 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
       own.bias = bias, own.D = D, own.use_softplus = use_softplus, own.has_z = has_z, own.use_record(record);
       own.carry_in = reinterpret_cast<float2*>(carry_in), own.carry_out = reinterpret_cast<float2*>(carry_out);
       own.in_ready = in_ready, own.out_ready = out_ready;
+      if constexpr (kLinked > 0) {
+        float2* inbox = inboxes + k * kHands * 32 + lane;
+        uint64_t* inbox_arrived = arrived + k * kHands;
+        if (w == 0) own.carry_in = inbox, own.in_ready = inbox_arrived;
+        own.link.receives = w == 0 && lane == 0, own.link.sends = w == W - 1 && turn == 0 && n > 0;
+        own.link.send_to(inbox, inbox_arrived, turn);
+#pragma unroll
+        for (int s = 0; s < kHands; s++) own.link.send(s, own.carry_out[s * 32]);
+        own.link.send_to(inbox, inbox_arrived, turn ^ 1);
+      }
     }
     const int first = kLanes == 2 ? 0 : part * L::kOwn;  // this lane's own tokens; with two lanes a channel it has every other
-    uint32_t place = w, lap = 0, parity = 0;  // in the ring of N slots, which holds more than W tiles
-    const int end = n - spans * L::kSpan;
-    for (int left = n - w * L::kTokens; left > end; left -= L::kTokens * W, parity ^= 1) {
-      const uint32_t slot = place / L::kTiles, at = place % L::kTiles;
+    uint32_t place = kLinked ? 0 : w, lap = 0, parity = 0;  // in the ring of N slots, which holds more than W tiles
+    int left = n - start_of(0) - w * L::kTokens;  // tokens of the row from a tile on
+    const int end = (kLinked ? left : n) - spans * kBlocks * L::kSpan;
+    for (; left > end; left -= kBlocks * L::kTokens * W, parity ^= 1) {
+      const uint32_t slot = kLinked ? place : place / L::kTiles, at = kLinked ? w : place % L::kTiles;
       uint64_t* full = filled + slot;
       mbarrier_wait(full, lap);
+      if constexpr (kLinked > 0) own.link.sends = w == W - 1 && left > L::kTokens;
       if (left > 0) {
         T* acts = slot_acts(slot) + k * 3 * kAct + at * L::kTileRows * G + (first + first / L::kPadded) * G + channel;
         const float* bc = slot_bc(slot) + L::row(kStates) * part + at * 4;
@@ -109,8 +142,9 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
         }
       }
       mbarrier_arrive(full + 16);  // done[slot], by a register less
-      place += W;
-      if (place >= uint32_t(N) * L::kTiles) place -= N * L::kTiles, lap ^= 1;
+      place += kLinked ? 1 : W;
+      const uint32_t ring = kLinked ? N : N * L::kTiles;
+      if (place >= ring) place -= ring, lap ^= 1;
     }
   } else {
     const Copier<T, L> copier(p, b, group, c0, channels, n);
@@ -119,15 +153,15 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
     for (int span = slot; span < spans + N; span += copiers) {
       const bool fills = span < spans;
       typename Copier<T, L>::States states;
-      if (fills) states = copier.load_states(span * L::kSpan);  // on its way while the slot is waited for
+      if (fills) states = copier.load_states(start_of(span));  // on its way while the slot is waited for
       if (span >= N) {
         mbarrier_wait(&done[slot], lap ^ 1);
-        copier.write_y(slot_acts(slot), (span - N) * L::kSpan);
+        copier.write_y(slot_acts(slot), start_of(span - N));
       }
       if (fills) {
-        copier.fill_activations(slot_acts(slot), span * L::kSpan);
+        copier.fill_activations(slot_acts(slot), start_of(span));
         mbarrier_arrive_copies(&filled[slot]);
-        copier.store_states(slot_bc(slot), states, span * L::kSpan);
+        copier.store_states(slot_bc(slot), states, start_of(span));
         mbarrier_arrive(&filled[slot]);
       }
       slot += copiers;
@@ -135,7 +169,9 @@ __global__ void __launch_bounds__(32 * kChainWarps, 1)
     }
   }
   __syncthreads();
+  if (kLinked && turn != max(all_spans - 1, 0) % 2) return;  // the other block has the row's end
   if (p.hT) {
+    const int tiles = ceil_div(n, L::kTokens) - (all_spans - spans) * L::kTiles;  // of this block
     const int last = (tiles + W - 1) % W;  // the warp of the last tile; W - 1, which holds the start, if there is none
     for (int i = threadIdx.x; i < channels * d_state; i += blockDim.x) {
       const int c = i / d_state, s = i % d_state, lane_of = L::lane(s / kStates, c % G), hand = s % kStates / kTogether;

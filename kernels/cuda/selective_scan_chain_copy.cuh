@@ -12,11 +12,14 @@ constexpr int kChainWarps = 16;  // of a block, at most
 constexpr int chain_tiles(int states) { return states <= 32 ? 4 : states == 64 ? 2 : 1; }  // of a slot
 
 // kLanes lanes of a warp share a channel, kN / kLanes of its states each. kN is d_state or, but for 16, the next size there is:
-// the states beyond are zeros.
-template <typename T, int kLanes, int kN = kState> struct Chain {
-  static constexpr int kLanesOfChannel = kLanes, kAllStates = kN;
+// the states beyond are zeros. kWarps: two blocks of a cluster, each with so many warps a group, take a row's slots in turn.
+// kEndFirst: a warp makes what its tile adds to a state before it waits for the one before.
+template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirst = false> struct Chain {
+  static constexpr int kLanesOfChannel = kLanes, kAllStates = kN, kLinked = kWarps, kBlocks = kLinked ? 2 : 1;
+  static constexpr bool kEarly = kEndFirst;
+  static constexpr int kMostWarps = kLinked == 4 ? 14 : kLinked == 8 ? 12 : kChainWarps;  // of a block; 12 may have 168 registers
   static constexpr int kWidth = 32 / kLanes, kTokens = 16;                             // channels of a group, tokens of a tile
-  static constexpr int kTiles = chain_tiles(kN), kSpan = kTiles * kTokens;             // tiles and tokens of a slot
+  static constexpr int kTiles = kLinked ? kLinked : chain_tiles(kN), kSpan = kTiles * kTokens;             // tiles and tokens of a slot
   static constexpr int kRun = kWidth < 8 ? kWidth : 8;                                 // channels copied at once
   static constexpr int kStates = kN / kLanes;                                          // of a lane,
   static constexpr int kTogether = kLanes == 2 ? 1 : 2, kHands = kStates / kTogether;  // which hands kTogether on at once
@@ -58,8 +61,9 @@ template <typename T, int kLanes, int kN = kState> struct Chain {
     return int(3 * K * kActivation * sizeof(T) + row(2 * kN) * sizeof(float));
   }
   static __host__ __device__ int record_floats(int K, int W) { return K * W * kRecord + (kOneA ? K * kHanded : 0); }
-  static __host__ __device__ int fixed_bytes(int K, int W) {  // records [K][W]; barriers: [K][W][kHands] and 2 a slot
-    return int(sizeof(float) * record_floats(K, W) + sizeof(uint64_t) * (K * W * kHands + 32));
+  static __host__ __device__ int fixed_bytes(int K, int W) {  // records [K][W]; barriers: [K][W][kHands] and 2 a slot; inboxes [K]
+    const int inboxes = kLinked ? K * int(sizeof(float) * kHanded + sizeof(uint64_t) * kHands) : 0;
+    return int(sizeof(float) * record_floats(K, W) + sizeof(uint64_t) * (K * W * kHands + 32)) + inboxes;
   }
   // With fewer a barrier could be a phase behind.
   static int least_slots(const Tactic& t) { return ceil_div(t.warps, kTiles) + t.copiers; }
@@ -76,6 +80,7 @@ constexpr int chain_states(int d_state) {
   }
   return 0;
 }
+constexpr int chain_lanes_of(int kernel) { return kernel == Tactic::kLinked ? 4 : 2 << (kernel - Tactic::kChain); }
 // Lanes a channel that there are kernels for.
 constexpr bool chain_lanes(int states, int lanes) {
   switch (states) {
@@ -89,13 +94,26 @@ constexpr bool chain_lanes(int states, int lanes) {
   }
 }
 
-// Calls f with the layout of a tactic that there is.
+// Warps a group that there are kernels for where two blocks are linked, of four lanes a channel.
+constexpr bool linked_warps(int states, int warps) {
+  return states == 8 ? warps == 4 : states == kState && (warps == 3 || warps == 4 || warps == 8);
+}
+
+// Calls f with the layout of a tactic that there is. With one group to a block a warp waits for the one before, and has time to
+// make its tile's end first.
 template <typename T, int kN, typename F> auto with_lanes(const Tactic& t, F&& f) {
-  if constexpr (chain_lanes(kN, 2)) {
-    if (t.kernel == Tactic::kChain) return f(Chain<T, 2, kN>{});
-  }
-  if constexpr (chain_lanes(kN, 4) && chain_lanes(kN, 8)) {
+  if constexpr (kN == kState) {
+    const bool alone = t.groups == 1;
+    switch (t.kernel) {
+      case Tactic::kChain: return f(Chain<T, 2, kN>{});
+      case Tactic::kChain4: return alone ? f(Chain<T, 4, kN, 0, true>{}) : f(Chain<T, 4, kN>{});
+      case Tactic::kChain8: return alone ? f(Chain<T, 8, kN, 0, true>{}) : f(Chain<T, 8, kN>{});
+      default: return t.warps == 3 ? f(Chain<T, 4, kN, 3>{}) : t.warps == 4 ? f(Chain<T, 4, kN, 4>{}) : f(Chain<T, 4, kN, 8, true>{});
+    }
+  } else if constexpr (chain_lanes(kN, 4) && chain_lanes(kN, 8)) {
     return t.kernel == Tactic::kChain4 ? f(Chain<T, 4, kN>{}) : f(Chain<T, 8, kN>{});
+  } else if constexpr (linked_warps(kN, 4)) {
+    return t.kernel == Tactic::kLinked ? f(Chain<T, 4, kN, 4>{}) : f(Chain<T, 4, kN>{});
   } else {
     return f(Chain<T, chain_lanes(kN, 4) ? 4 : 8, kN>{});
   }
@@ -188,8 +206,8 @@ template <typename T, typename L> struct Copier {
 
   // B and C: a share is four tokens by eight states, transposed. Eight lanes in a row write 128 neighbouring bytes: from the
   // innermost on, shares are eight quads of tokens (or all there are), the eighths of the states, further quads, B and C.
-  static constexpr int kQuads = L::kSpan / 4, kNear = kQuads < 8 ? kQuads : 8, kEighths = L::kAllStates / 8;
-  static constexpr int kShares = 2 * kQuads * kEighths, kEach = kShares / 32, kAtOnce = kEach < 2 ? kEach : 2;
+  static constexpr int kQuads = L::kSpan / 4, kNear = kQuads % 8 ? kQuads : 8, kEighths = L::kAllStates / 8;
+  static constexpr int kShares = 2 * kQuads * kEighths, kEach = ceil_div(kShares, 32), kAtOnce = kEach < 2 ? kEach : 2;
   struct Share {
     int quad, eighth;
     bool is_c;
@@ -204,7 +222,7 @@ template <typename T, typename L> struct Copier {
     const int t = t0 + share.quad % L::kTiles * L::kTokens + share.quad / L::kTiles * 4;
     const int64_t step = share.is_c ? C.token : B.token;
     const T* p = (share.is_c ? C.p : B.p) + t * step + share.eighth * 8;
-    const bool there = L::kAllStates == kState || share.eighth * 8 < args.d_state;
+    const bool there = (L::kAllStates == kState || share.eighth * 8 < args.d_state) && (kShares % 32 == 0 || i < kShares);
     if (there && t0 + L::kSpan <= n) {
 #pragma unroll
       for (int r = 0; r < 4; r++) load_run8<T, true>(raw[r], p + r * step);
@@ -217,6 +235,7 @@ template <typename T, typename L> struct Copier {
     }
   }
   __device__ __forceinline__ void store_share(float* bc, const Run<T> (&raw)[4], int i) const {
+    if (kShares % 32 != 0 && i >= kShares) return;
     const Share share(i);
     float f[4][8];
 #pragma unroll

@@ -5,12 +5,13 @@
 // loop, and y is no sum in registers before the first pair of states: so two states' decays and inputs have room.
 #pragma once
 
-#include "selective_scan_chain_copy.cuh"
+#include "selective_scan_chain_linked.cuh"
 
 namespace mamba::scan {
 
 // What a lane has for the whole row, and what moves with its tiles.
 template <typename L> struct PairLane {
+  std::conditional_t<(L::kLinked > 0), Link<L>, NoLink> link;
   float bias, D;
   bool use_softplus, has_z;
   const float2* carry_in;
@@ -20,6 +21,9 @@ template <typename L> struct PairLane {
   float *steps_out, *sums_out;  // in the warp's record, written by this lane
   const float *steps, *sums;    // read by it
 
+  __device__ __forceinline__ float2 decay_rates(int s) const {
+    return L::kOneA ? own_A[s / 2 * 32] : carry_out[(L::kHands + s / 2) * 32];
+  }
   __device__ __forceinline__ void use_record(float* record) {
     constexpr int kTurn = L::kTurn;
     const int part = L::part(threadIdx.x % 32), channel = L::channel(threadIdx.x % 32), first = part * L::kOwn;
@@ -92,7 +96,7 @@ __device__ __forceinline__ void finish_tokens(const PairLane<L>& lane, T* own, c
 template <typename L>
 __device__ __forceinline__ void pair_decays(const PairLane<L>& lane, int s, float (&a0)[L::kTokens], float (&a1)[L::kTokens], int from = 0,
                                             int to = L::kTokens) {
-  const float2 A = L::kOneA ? lane.own_A[s / 2 * 32] : lane.carry_out[(L::kHands + s / 2) * 32];
+  const float2 A = lane.decay_rates(s);
 #pragma unroll
   for (int t = from; t < to; t += 4) {
     const auto dt = load_vec<float, 4>(lane.steps + t);
@@ -115,32 +119,70 @@ __device__ __forceinline__ void pair_inputs(const PairLane<L>& lane, const float
   }
 }
 
+// Two states at the end of a tile, for the warp of the next.
+template <typename L> __device__ __forceinline__ void hand_on(const PairLane<L>& lane, int s, float2 h) {
+  if constexpr (L::kLinked > 0) lane.link.send(s / 2, h);
+  lane.carry_out[s / 2 * 32] = h;
+  mbarrier_arrive(lane.out_ready + s / 2);
+  if constexpr (L::kLinked > 0) {
+    if (lane.link.receives) mbarrier_expect(lane.in_ready + s / 2, kSentBytes);  // those of the next tile
+  }
+}
+
+// Two states at the end of a tile that starts from zero, and the tile's decays of them: with these a warp hands the end on as soon
+// as it has the start, for 36 instructions more a pair.
+struct TileEnd {
+  float2 states, decays;
+
+  template <int kTokens>
+  __device__ __forceinline__ void make(const float (&a0)[kTokens], const float (&a1)[kTokens], const float (&b0)[kTokens],
+                                       const float (&b1)[kTokens], float2 A, float dt) {
+    states = make_float2(b0[0], b1[0]), decays = make_float2(ex2(dt * A.x), ex2(dt * A.y));
+#pragma unroll
+    for (int t = 1; t < kTokens; t++) states.x = fmaf(a0[t], states.x, b0[t]), states.y = fmaf(a1[t], states.y, b1[t]);
+  }
+  __device__ __forceinline__ float2 from(float2 h) const {
+    return make_float2(fmaf(decays.x, h.x, states.x), fmaf(decays.y, h.y, states.y));
+  }
+};
+struct NoEnd {};
+
 // `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on. The next pair's decays are
 // made among the dependent steps of the recurrences: that hands the states on later, but with three or more warps to a
 // group nobody waits for them, and the special-function unit does not idle meanwhile. With more states than 16 registers
-// would spill, so only some of the decays are.
+// would spill, so only some of the decays are; none in linked blocks, where the other block waits.
 template <typename T, typename L>
 __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own, const float* bc, int left, int parity) {
-  constexpr int kTokens = L::kTokens, kAmong = L::kAllStates > kState ? 4 : kTokens;
+  constexpr int kTokens = L::kTokens, kAmong = L::kLinked && !L::kEarly ? 0 : L::kAllStates > kState ? 4 : kTokens;
   float y[kTokens], a0[kTokens], a1[kTokens];  // decays, then states
   make_steps(lane, own, left);
   __syncwarp();
   pair_decays(lane, 0, a0, a1);
+  [[maybe_unused]] float all_dt = 0;
+  if constexpr (L::kEarly) {
+#pragma unroll
+    for (int t = 0; t < kTokens; t += 4) {
+      const auto dt = load_vec<float, 4>(lane.steps + t);
+      all_dt += (dt.v[0] + dt.v[1]) + (dt.v[2] + dt.v[3]);
+    }
+  }
 #pragma unroll
   for (int s = 0; s < L::kStates; s += 2) {
     float b0[kTokens], b1[kTokens], next0[kTokens], next1[kTokens];
     pair_inputs(lane, bc, s, b0, b1);
+    std::conditional_t<L::kEarly, TileEnd, NoEnd> end;
+    if constexpr (L::kEarly) end.make(a0, a1, b0, b1, lane.decay_rates(s), all_dt);
     __syncwarp();  // the compiler moves nothing of the above behind the wait
     mbarrier_wait(lane.in_ready + s / 2, parity);
     float2 h = lane.carry_in[s / 2 * 32];
+    if constexpr (L::kEarly) hand_on(lane, s, end.from(h));
     if (s + 2 < L::kStates) pair_decays(lane, s + 2, next0, next1, 0, kAmong);
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
       a0[t] = h.x = fmaf(a0[t], h.x, b0[t]);
       a1[t] = h.y = fmaf(a1[t], h.y, b1[t]);
     }
-    lane.carry_out[s / 2 * 32] = h;
-    mbarrier_arrive(lane.out_ready + s / 2);
+    if constexpr (!L::kEarly) hand_on(lane, s, h);
     if (s + 2 < L::kStates) pair_decays(lane, s + 2, next0, next1, kAmong);
 #pragma unroll
     for (int t = 0; t < kTokens; t += 4) {

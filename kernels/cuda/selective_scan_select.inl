@@ -1,32 +1,40 @@
 // The selector: microseconds of each tactic from figures measured on an H200 (kernels/NOTES-selective-scan.md), scaled
 // to the multiprocessors of this device. Only the order matters. It runs at every call: no allocation, no driver calls.
 
-// Blocks of the chain: the states of their kernel, lanes a channel, groups of 32 / lanes channels, warps a group, copying warps,
-// and what was measured: microseconds to start and nanoseconds per token of a block that has a multiprocessor to itself. The
-// last of each number of states but 256 fits where shared memory is small.
+// Blocks of the chain: the states of their kernel, its lanes a channel (linked: four, and a block on two multiprocessors), groups of
+// 32 / lanes channels, warps a group, copying warps, and what was measured: microseconds to start and nanoseconds per token
+// of a block that has a multiprocessor (linked: two) to itself. The last of each number of states but 256 fits where shared
+// memory is small.
 struct ChainBlock {
-  int states, lanes, groups, warps, copiers;
+  int states, kernel, groups, warps, copiers;
   double start_us, token_ns;
-  int kernel() const { return lanes == 2 ? Tactic::kChain : lanes == 4 ? Tactic::kChain4 : Tactic::kChain8; }
+  int channels() const { return groups * 32 / chain_lanes_of(kernel); }
 };
+constexpr int kLanes2 = Tactic::kChain, kLanes4 = Tactic::kChain4, kLanes8 = Tactic::kChain8, kLinked = Tactic::kLinked;
 constexpr ChainBlock kChainBlocks[] = {
-    {16, 2, 1, 14, 2, 4.8, 18.0},  {16, 2, 2, 7, 2, 4.8, 34.5},   {16, 2, 3, 5, 1, 4.8, 47.5},   {16, 4, 2, 7, 2, 4.6, 17.7},
-    {16, 4, 3, 5, 1, 4.6, 26.2},   {16, 4, 5, 3, 1, 4.6, 41.2},   {16, 4, 1, 14, 2, 4.2, 10.9},  {16, 4, 1, 8, 2, 3.8, 12.0},
-    {16, 8, 1, 10, 2, 3.4, 11.35}, {16, 8, 3, 5, 1, 3.1, 21.2},   {16, 2, 1, 8, 2, 4.8, 22.5},
+    {16, kLanes2, 1, 14, 2, 5.0, 17.8},  {16, kLanes2, 2, 7, 2, 5.6, 33.5},   {16, kLanes2, 3, 5, 1, 6.3, 45.9},
+    {16, kLanes4, 2, 7, 2, 3.3, 18.4},   {16, kLanes4, 3, 5, 1, 3.9, 26.0},   {16, kLanes4, 5, 3, 1, 5.4, 40.6},
+    {16, kLanes4, 1, 14, 2, 3.6, 11.1},  {16, kLanes4, 1, 8, 2, 3.3, 12.9},   {16, kLanes8, 1, 10, 2, 2.7, 11.2},
+    {16, kLinked, 3, 4, 1, 4.1, 14.4},   {16, kLinked, 5, 3, 1, 3.9, 24.0},   {16, kLinked, 1, 8, 2, 3.8, 6.8},
+    {16, kLanes2, 1, 8, 2, 3.6, 22.8},
 
-    {8, 4, 2, 7, 2, 4.6, 11.95},   {8, 4, 1, 8, 2, 4.2, 8.1},     {8, 4, 3, 4, 2, 4.8, 18.25},   {8, 4, 4, 3, 2, 5.2, 23.7},
-    {8, 4, 5, 3, 1, 4.2, 30.8},    {8, 4, 2, 5, 2, 4.6, 13.5},
+    {8, kLanes4, 2, 7, 2, 3.4, 12.05},   {8, kLanes4, 1, 8, 2, 3.1, 8.1},     {8, kLanes4, 3, 4, 2, 3.9, 18.3},
+    {8, kLanes4, 4, 3, 2, 4.3, 25.1},    {8, kLanes4, 5, 3, 1, 4.3, 30.1},    {8, kLinked, 3, 4, 1, 3.9, 10.4},
+    {8, kLanes4, 2, 5, 2, 3.6, 14.2},
 
-    {32, 8, 3, 4, 2, 4.3, 31.2},   {32, 8, 1, 10, 2, 4.5, 15.65}, {32, 8, 2, 7, 2, 4.3, 22.5},   {32, 4, 2, 7, 2, 6.1, 30.8},
-    {32, 4, 3, 5, 1, 6.3, 43.5},   {32, 4, 5, 3, 1, 8.3, 69.6},   {32, 8, 1, 6, 1, 3.9, 21.8},
+    {32, kLanes8, 3, 4, 2, 4.3, 31.2},   {32, kLanes8, 1, 10, 2, 4.5, 15.65}, {32, kLanes8, 2, 7, 2, 4.3, 22.5},
+    {32, kLanes4, 2, 7, 2, 6.1, 30.8},   {32, kLanes4, 3, 5, 1, 6.3, 43.5},   {32, kLanes4, 5, 3, 1, 8.3, 69.6},
+    {32, kLanes8, 1, 6, 1, 3.9, 21.8},
 
-    {64, 8, 3, 4, 2, 5.4, 51.4},   {64, 8, 2, 7, 2, 5.1, 36.5},   {64, 8, 1, 10, 2, 4.8, 27.4},  {64, 4, 2, 6, 2, 6.7, 56.0},
-    {64, 8, 5, 3, 1, 5.9, 73.4},   {64, 4, 3, 4, 2, 7.2, 86.2},   {64, 8, 1, 6, 1, 4.8, 40.0},
+    {64, kLanes8, 3, 4, 2, 5.4, 51.4},   {64, kLanes8, 2, 7, 2, 5.1, 36.5},   {64, kLanes8, 1, 10, 2, 4.8, 27.4},
+    {64, kLanes4, 2, 6, 2, 6.7, 56.0},   {64, kLanes8, 5, 3, 1, 5.9, 73.4},   {64, kLanes4, 3, 4, 2, 7.2, 86.2},
+    {64, kLanes8, 1, 6, 1, 4.8, 40.0},
 
-    {128, 8, 3, 4, 2, 6.6, 84.8},  {128, 8, 2, 6, 2, 6.5, 61.0},  {128, 8, 1, 8, 2, 5.2, 52.4},  {128, 8, 4, 3, 2, 6.9, 111.2},
-    {128, 8, 5, 2, 1, 6.5, 153.2}, {128, 8, 1, 3, 1, 4.7, 106.0},
+    {128, kLanes8, 3, 4, 2, 6.6, 84.8},  {128, kLanes8, 2, 6, 2, 6.5, 61.0},  {128, kLanes8, 1, 8, 2, 5.2, 52.4},
+    {128, kLanes8, 4, 3, 2, 6.9, 111.2}, {128, kLanes8, 5, 2, 1, 6.5, 153.2}, {128, kLanes8, 1, 3, 1, 4.7, 106.0},
 
-    {256, 8, 3, 2, 2, 8.5, 228.0}, {256, 8, 2, 3, 2, 11.5, 176.0}, {256, 8, 4, 2, 2, 3.8, 253.0}, {256, 8, 5, 2, 1, 4.4, 365.0},
+    {256, kLanes8, 3, 2, 2, 8.5, 228.0}, {256, kLanes8, 2, 3, 2, 11.5, 176.0}, {256, kLanes8, 4, 2, 2, 3.8, 253.0},
+    {256, kLanes8, 5, 2, 1, 4.4, 365.0},
 };
 
 // Nanoseconds a token takes blocks of the tactic channel, of which a multiprocessor has `blocks` at once (0 to 4): started
@@ -65,8 +73,8 @@ double side_by_side_us(const Params& p, int blocks, int pieces) {
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {
-  const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, 32 / b.lanes * b.groups);
-  return (b.start_us + 1e-3 * p.seqlen * b.token_ns) * std::ceil(blocks / sm_count());
+  const double blocks = double(p.batch) * p.ngroups * ceil_div(p.dim / p.ngroups, b.channels());
+  return (b.start_us + 1e-3 * p.seqlen * b.token_ns) * std::ceil(blocks / (b.kernel == kLinked ? sm_count() / 2 : sm_count()));
 }
 
 // Blocks of whole rows of the tactic generic.
@@ -113,7 +121,7 @@ struct Candidates {
     }
     const int states = chain_states(p.d_state);
     for (const ChainBlock& b : kChainBlocks) {
-      if (b.states == states) add(p, {b.kernel(), b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
+      if (b.states == states) add(p, {b.kernel, b.groups, b.warps, b.copiers, 1}, chain_us(p, b));
     }
     add(p, {Tactic::kGeneric, 0, 8, 0, 1}, 1e19);
     if (p.d_state != kState) add_pieces(p);

@@ -81,12 +81,16 @@ def error(out: Any, expected: Any) -> float:
     return float((out.double() - expected).norm() / expected.norm().clamp(min=1e-30))
 
 
+LINKED = 5  # struct Tactic in selective_scan.cuh
+
+
 def some_tactics(inputs: dict[str, Any]) -> list[int]:
     """The selector's choice and a spread of the others, every kernel among them."""
     every = selective_scan_tactics(*(inputs[k] for k in ("u", "delta", "A", "B", "C", "z")))
-    kernels: dict[tuple[int, bool], int] = {}
-    for tactic in every:
-        kernels.setdefault((tactic & 15, tactic >> 20 > 1), tactic)
+    kernels: dict[tuple[int, ...], int] = {}
+    for tactic in every:  # kernels of the chain differ by one group or more to a block, linked ones by warps a group
+        kernel, groups, warps = tactic & 15, tactic >> 4 & 255, tactic >> 12 & 31
+        kernels.setdefault((kernel, tactic >> 20 > 1, groups == 1, warps if kernel == LINKED else 0), tactic)
     # Listed only for shapes that fill the device, or for long rows; they serve any.
     pieces = (
         [channel_tactic(3, 1), channel_tactic(7, 2), channel_tactic(3), channel_tactic(9)]

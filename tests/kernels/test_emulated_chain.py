@@ -19,7 +19,7 @@ BODIES = {
     "common.cuh": {
         "ex2": "return std::exp2(x);",
         "rcp": "return 1.0f / x;",
-        "smem_address": "return uint32_t(static_cast<const char*>(p) - scan::shared);",
+        "smem_address": "return uint32_t(static_cast<const char*>(p) - emulated_shared(0));",
         "cp_async": "if (valid) std::memcpy(dst, src, kBytes);",
         "cp_async_commit": "",
         "cp_async_wait": "",
@@ -28,8 +28,14 @@ BODIES = {
         "mbarrier_wait": "emulated_wait(bar, parity);",
     },
     "selective_scan_chain_copy.cuh": {
-        "cp_async_at": "std::memcpy(shared + dst, src, kBytes);",
+        "cp_async_at": "std::memcpy(emulated_shared(dst), src, kBytes);",
         "mbarrier_arrive_copies": "mbarrier_arrive(bar);",
+    },
+    "selective_scan_chain_linked.cuh": {
+        "cluster_sync": "emulation::whole_cluster->arrive_and_wait();",
+        "address_in": "return smem_address(p) + (rank - emulation::rank) * emulation::kShared;",
+        "send_states": "if (sends) emulated_send(to, h, bar);",
+        "mbarrier_expect": "emulated_change(bar, 1, bytes / 8);",
     },
 }
 pytestmark = [
@@ -60,6 +66,9 @@ def build(folder: Path, *options: str) -> Path:
             shutil.copy(file, sources)
     for name, bodies in BODIES.items():
         (sources / name).write_text(with_bodies((sources / name).read_text(), bodies))
+    kernel = sources / "selective_scan_chain.cuh"
+    own = re.sub(r"extern __shared__ .* char shared\[\];", "char* shared = emulation::memory[emulation::rank];", kernel.read_text())
+    kernel.write_text(own)
     command = ["g++", "-std=c++20", "-DEMULATION_SHUFFLES=true", *options, "-pthread", "-fno-strict-aliasing"]
     command += ["-I", str(sources), "-I", str(sources / "include")]
     command += [str(sources / "chain.cpp"), "-o", str(folder / "chain")]

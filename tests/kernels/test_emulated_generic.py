@@ -106,14 +106,14 @@ def test_agrees_with_the_recurrence(shape: tuple[int, ...], dtype: torch.dtype, 
     assert error(h, final) < 1e-5
 
 
-GENERIC, CHANNEL, TWO_LANES, FOUR_LANES, EIGHT_LANES = range(5)  # struct Tactic in selective_scan.cuh
+GENERIC, CHANNEL, TWO_LANES, FOUR_LANES, EIGHT_LANES, LINKED = range(6)  # struct Tactic in selective_scan.cuh
 
 
 @pytest.mark.parametrize(
     ("shape", "d_state", "kernel", "groups"),  # shape: batch, channels, tokens; groups: of a block of the chain
     [
         ((1, 768, 2048), 8, FOUR_LANES, 1),
-        ((1, 1536, 2048), 8, FOUR_LANES, 2),
+        ((1, 1536, 2048), 8, LINKED, 3),
         ((1, 3072, 1024), 8, FOUR_LANES, 3),
         ((8, 2048, 512), 8, FOUR_LANES, 4),
         ((1, 5120, 1024), 8, FOUR_LANES, 5),
@@ -134,6 +134,16 @@ GENERIC, CHANNEL, TWO_LANES, FOUR_LANES, EIGHT_LANES = range(5)  # struct Tactic
         ((1, 768, 1024), 256, EIGHT_LANES, 2),
         ((4, 1536, 256), 256, EIGHT_LANES, 4),
         ((1, 256, 2048), 256, GENERIC, 0),
+        ((1, 192, 197), 16, EIGHT_LANES, 1),
+        ((1, 512, 2048), 16, LINKED, 1),
+        ((1, 1024, 2048), 16, FOUR_LANES, 1),
+        ((1, 1536, 128), 16, FOUR_LANES, 2),
+        ((1, 1536, 700), 16, LINKED, 3),
+        ((1, 1536, 32768), 16, LINKED, 3),
+        ((8, 192, 197), 16, FOUR_LANES, 2),
+        ((1, 2048, 2048), 16, FOUR_LANES, 2),
+        ((1, 2560, 300), 16, LINKED, 5),
+        ((1, 256, 65536), 16, CHANNEL, 0),
         ((2, 1536, 2048), 16, FOUR_LANES, 3),
         ((1, 8192, 2048), 16, TWO_LANES, 2),
         ((2, 5120, 2048), 16, FOUR_LANES, 5),

@@ -1,4 +1,4 @@
-// Runs the chain kernel block by block, a thread for every thread, and compares with the recurrence in double.
+// Runs the chain kernel block by block (a cluster's together), a thread for every thread, and compares with the recurrence in double.
 #include "prelude.h"
 //
 #include "selective_scan_chain.cuh"
@@ -7,7 +7,8 @@
 
 namespace mamba {
 int sm_count() { return 132; }
-size_t max_shared_bytes() { return sizeof(scan::shared); }
+int compute_major() { return 9; }
+size_t max_shared_bytes() { return emulation::kShared; }
 }  // namespace mamba
 
 using namespace mamba::scan;
@@ -23,36 +24,47 @@ struct Case {
   }
 };
 
-template <typename T, int kLanes, int kN> void launch(const Chain<T, kLanes, kN>& layout, const Case& c, const Args<T>& a) {
+template <typename T, int kLanes, int kN, int kLinked, bool kEarly>
+void launch(const Chain<T, kLanes, kN, kLinked, kEarly>& layout, const Case& c, const Args<T>& a) {
+  constexpr int kBlocks = Chain<T, kLanes, kN, kLinked>::kBlocks;
   const Tactic t{0, c.groups, c.warps, c.copiers, 1};
-  const int filled = std::max(mamba::ceil_div(c.tokens, layout.kSpan), layout.least_slots(t));  // as at a launch
+  const int filled = std::max(mamba::ceil_div(c.tokens, layout.kSpan * kBlocks), layout.least_slots(t));  // as at a launch
   const int slots = c.few_slots ? layout.least_slots(t) : std::min(layout.slots(t), filled);
   if (slots < layout.least_slots(t)) std::abort();
   const unsigned threads = 32 * (c.groups * c.warps + c.copiers);
-  const unsigned blocks = c.ngroups * mamba::ceil_div(a.group_dim, c.groups * layout.kWidth);
-  for (unsigned b = 0; b < blocks * c.batch; b++) {
-    std::memset(mamba::scan::shared, 0xff, sizeof mamba::scan::shared);
-    std::barrier<> all(threads);
-    emulation::whole_block = &all;
+  const unsigned blocks = kBlocks * c.ngroups * mamba::ceil_div(a.group_dim, c.groups * layout.kWidth);
+  for (unsigned first = 0; first < blocks * c.batch; first += kBlocks) {
+    std::memset(emulation::memory, 0xff, sizeof emulation::memory);
+    std::barrier<> cluster(kBlocks * threads);
+    emulation::whole_cluster = &cluster;
+    std::vector<std::unique_ptr<std::barrier<>>> whole;
     std::vector<std::unique_ptr<emulation::Warp>> warps;
-    for (unsigned w = 0; w < threads / 32; w++) warps.push_back(std::make_unique<emulation::Warp>(32));
     std::vector<std::thread> running;
-    for (unsigned i = 0; i < threads; i++) {
+    for (int rank = 0; rank < kBlocks; rank++) whole.push_back(std::make_unique<std::barrier<>>(threads));
+    for (unsigned w = 0; w < kBlocks * threads / 32; w++) warps.push_back(std::make_unique<emulation::Warp>(32));
+    for (unsigned i = 0; i < kBlocks * threads; i++) {
       running.emplace_back([&, i] {
-        emulation::thread = dim3(i), emulation::block = dim3(b % blocks, b / blocks), emulation::block_size = dim3(threads);
+        const unsigned b = first + i / threads;
+        emulation::rank = int(i / threads), emulation::whole_block = whole[i / threads].get();
+        emulation::thread = dim3(i % threads), emulation::block = dim3(b % blocks, b / blocks), emulation::block_size = dim3(threads);
         emulation::warp = warps[i / 32].get(), emulation::lane = int(i % 32);
-        chain_kernel<T, kLanes, kN>(a, c.groups, c.warps, slots);
+        chain_kernel<T, kLanes, kN, kLinked, kEarly>(a, c.groups, c.warps, slots);
       });
     }
     for (auto& t : running) t.join();
   }
 }
 
+constexpr int kLinkedLanes = 42;  // as `lanes` of a case: four, two blocks of a cluster
+
+int kernel_of(int lanes) {
+  return lanes == kLinkedLanes ? Tactic::kLinked : lanes == 2 ? Tactic::kChain : lanes == 4 ? Tactic::kChain4 : Tactic::kChain8;
+}
+
 template <typename T> bool right(const Case& c) {
   Tensors<T> t;
   const Args<T> a = arguments(c.rows(), t);
-  with_chain<T>({c.lanes == 2 ? Tactic::kChain : c.lanes == 4 ? Tactic::kChain4 : Tactic::kChain8, c.groups, c.warps, c.copiers, 1},
-                c.d_state, [&](auto layout) { launch(layout, c, a); });
+  with_chain<T>({kernel_of(c.lanes), c.groups, c.warps, c.copiers, 1}, c.d_state, [&](auto layout) { launch(layout, c, a); });
   const Errors<T> e = errors(c.rows(), t, recurrence(c.rows(), t));
   std::printf("%s: %d lanes, %d x %d tokens, %d channels, %d states: y %.1e state %.1e padding %d\n", e.small() ? "right" : "WRONG",
               c.lanes, c.batch, c.tokens, c.dim, c.d_state, e.y, e.state, e.padding);
@@ -66,6 +78,8 @@ int main(int count, char**) {
     ok &= right<__nv_bfloat16>({2, 1, 200, 32, 1, 2, 2, 1, true, false, false, true, true});
     ok &= right<__nv_bfloat16>({4, 2, 90, 16, 2, 1, 3, 2, false, true, true, true, true});
     ok &= right<__nv_bfloat16>({4, 1, 200, 16, 1, 2, 2, 1, true, false, false, true, true});
+    ok &= right<__nv_bfloat16>({kLinkedLanes, 2, 300, 16, 2, 1, 3, 2, false, true, true, true, true});
+    ok &= right<__nv_bfloat16>({kLinkedLanes, 1, 400, 16, 1, 2, 4, 1, true, false, false, true, true});
     ok &= right<__nv_bfloat16>({8, 2, 90, 8, 2, 1, 3, 2, false, true, true, true, true});
     ok &= right<__nv_bfloat16>({8, 1, 200, 12, 1, 3, 2, 1, true, false, false, true, true});
     ok &= right<__nv_bfloat16>({4, 2, 90, 16, 2, 1, 3, 2, false, true, true, true, true, 8});
@@ -87,6 +101,13 @@ int main(int count, char**) {
   ok &= right<__nv_bfloat16>({4, 1, 1, 8, 1, 1, 14, 2, true, false, false, true, true});
   ok &= right<__nv_bfloat16>({4, 1, 500, 8, 1, 1, 14, 2, true, false, false, true, true});
   ok &= right<__half>({4, 1, 129, 16, 1, 2, 1, 1, true, false, false, true, true});
+  for (int tokens : {1, 64, 65, 128, 129, 500}) {
+    ok &= right<__nv_bfloat16>({kLinkedLanes, 1, tokens, 24, 1, 3, 4, 1, true, false, tokens % 2 == 0, true, true});
+  }
+  ok &= right<float>({kLinkedLanes, 2, 200, 24, 1, 2, 4, 1, false, true, false, true, true});
+  ok &= right<__nv_bfloat16>({kLinkedLanes, 3, 333, 40, 1, 5, 3, 1, true, true, true, false, true});
+  ok &= right<__nv_bfloat16>({kLinkedLanes, 2, 450, 48, 2, 2, 3, 2, false, true, true, true, false});
+  ok &= right<__half>({kLinkedLanes, 1, 900, 8, 1, 1, 8, 2, true, false, false, true, true});
   ok &= right<float>({8, 1, 100, 12, 1, 3, 2, 1, true, false, false, true, true});
   ok &= right<float>({8, 2, 70, 20, 1, 3, 3, 1, false, true, false, true, true});
   ok &= right<__nv_bfloat16>({8, 1, 333, 24, 1, 3, 5, 1, true, false, true, false, true});
@@ -94,6 +115,7 @@ int main(int count, char**) {
   ok &= right<__nv_bfloat16>({8, 1, 1, 4, 1, 1, 14, 2, true, false, false, true, true});
   ok &= right<__nv_bfloat16>({8, 1, 500, 8, 1, 2, 7, 2, true, false, false, true, true});
   ok &= right<__half>({8, 1, 129, 12, 1, 3, 1, 1, true, false, false, true, true});
+  ok &= right<__nv_bfloat16>({kLinkedLanes, 2, 450, 24, 1, 3, 4, 1, true, true, true, true, true, 8});
   for (int d_state : {8, 24, 32}) {
     ok &= right<float>({4, 2, 70, 24, 1, 2, 3, 1, false, true, false, true, true, d_state});
     ok &= right<__nv_bfloat16>({4, 2, 150, 48, 2, 2, 3, 2, false, true, true, true, false, d_state});

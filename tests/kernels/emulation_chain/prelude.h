@@ -22,28 +22,39 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 template <typename F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) { return cudaSuccess; }
 
 namespace emulation {
+constexpr int kShared = 232448, kBlocks = 2;  // bytes of a block; blocks of a cluster, at most
 inline thread_local dim3 block_size;
-inline std::barrier<>* whole_block;
+inline thread_local std::barrier<>* whole_block;
+inline std::barrier<>* whole_cluster;
+inline thread_local int rank;  // of the block in its cluster
+alignas(16) inline char memory[kBlocks][kShared];
 }  // namespace emulation
-namespace mamba::scan {
-alignas(16) inline char shared[232448];
-}
 
 inline void __syncwarp() { emulation::warp->meet.arrive_and_wait(); }
 inline void __syncthreads() { emulation::whole_block->arrive_and_wait(); }
 
-// An mbarrier is one word: its phase in the top bit, then the arrivals of a phase, then those still missing.
+// An mbarrier is one word: its phase in the top bit, the arrivals of a phase, what is still to be sent (in 8 bytes, from kNothing
+// on: it may come before it is expected), and the arrivals still missing.
 inline std::atomic<uint64_t>& word_of(uint64_t* barrier) { return *reinterpret_cast<std::atomic<uint64_t>*>(barrier); }
-inline void emulated_init(uint64_t* barrier, int arrivals) { word_of(barrier) = uint64_t(arrivals) << 32 | uint32_t(arrivals); }
-inline void emulated_arrive(uint64_t* barrier) {
+constexpr uint64_t kNothing = 0x4000;
+inline void emulated_init(uint64_t* barrier, int arrivals) {
+  word_of(barrier) = uint64_t(arrivals) << 32 | kNothing << 16 | uint16_t(arrivals);
+}
+inline void emulated_change(uint64_t* barrier, int arrives, int expected) {
   uint64_t old = word_of(barrier).load(), next;
   do {
-    uint64_t high = old >> 32, missing = uint32_t(old);
-    if (missing == 0) std::abort();
-    if (--missing == 0) missing = high & 0x7fffffff, high ^= 0x80000000;
-    next = high << 32 | missing;
+    uint64_t high = old >> 32, sent = (old >> 16 & 0xffff) + expected, missing = (old & 0xffff) - arrives;
+    if (missing > 0x7fff) std::abort();
+    if (missing == 0 && sent == kNothing) missing = high & 0x7fffffff, high ^= 0x80000000;
+    next = high << 32 | sent << 16 | missing;
   } while (!word_of(barrier).compare_exchange_weak(old, next));
 }
+inline void emulated_arrive(uint64_t* barrier) { emulated_change(barrier, 1, 0); }
 inline void emulated_wait(uint64_t* barrier, int parity) {
   while (int(word_of(barrier).load() >> 63) == parity) sched_yield();
+}
+inline char* emulated_shared(uint32_t at) { return &emulation::memory[0][0] + at; }
+inline void emulated_send(uint32_t to, float2 v, uint32_t barrier) {
+  std::memcpy(emulated_shared(to), &v, sizeof v);
+  emulated_change(reinterpret_cast<uint64_t*>(emulated_shared(barrier)), 0, -1);
 }

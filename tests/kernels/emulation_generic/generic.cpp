@@ -6,6 +6,7 @@ extern "C" void set_multiprocessors(int count) { multiprocessors = count; }
 
 namespace mamba {
 int sm_count() { return multiprocessors; }
+int compute_major() { return 9; }
 size_t max_shared_bytes() { return 232448; }
 inline uint32_t smem_address(const void*) { std::abort(); }  // of kernels that do not run here
 }  // namespace mamba
