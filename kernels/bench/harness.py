@@ -119,7 +119,7 @@ def time_ms(calls: Sequence[Callable[[], Any]], budget_ms: float = 60.0, replays
             call()
         stream.synchronize()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        singles = []  # the least of them: after a slow one too few calls would make up the graph, whose own launch then counts
+        singles = []  # the least counts: after a slow call too few would make up the graph, whose own launch then tells
         for i in range(5):
             start.record()
             calls[i % len(calls)]()

@@ -67,8 +67,8 @@ def build(folder: Path, *options: str) -> Path:
     for name, bodies in BODIES.items():
         (sources / name).write_text(with_bodies((sources / name).read_text(), bodies))
     kernel = sources / "selective_scan_chain.cuh"
-    own = re.sub(r"extern __shared__ .* char shared\[\];", "char* shared = emulation::memory[emulation::rank];", kernel.read_text())
-    kernel.write_text(own)
+    of_block = "char* shared = emulation::memory[emulation::rank];"
+    kernel.write_text(re.sub(r"extern __shared__ .* char shared\[\];", of_block, kernel.read_text()))
     command = ["g++", "-std=c++20", "-DEMULATION_SHUFFLES=true", *options, "-pthread", "-fno-strict-aliasing"]
     command += ["-I", str(sources), "-I", str(sources / "include")]
     command += [str(sources / "chain.cpp"), "-o", str(folder / "chain")]

@@ -19,8 +19,10 @@ from .test_emulated_decode import HERE, SOURCES, copy_shared_headers, replace_as
 ASSEMBLY = {
     "ld.acquire.gpu": "v = __atomic_load_n(p, __ATOMIC_ACQUIRE)",
     "st.release.gpu": "__atomic_store_n(p, v, __ATOMIC_RELEASE)",
-    # the chain's, which does not run
-    **dict.fromkeys(("cp.async.", "barrier.cluster", "mapa.", "st.async.", "mbarrier.arrive.expect_tx"), "std::abort()"),
+    # The chain's, which does not run.
+    **dict.fromkeys(
+        ("cp.async.", "barrier.cluster", "mapa.", "st.async.", "mbarrier.arrive.expect_tx"), "std::abort()"
+    ),
 }
 pytestmark = [
     pytest.mark.slow,
