@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
   const int slot_bytes = L::slot_bytes(K);
   auto slot_acts = [&](int slot) { return reinterpret_cast<T*>(shared + slot * slot_bytes); };
   auto slot_bc = [&](int slot) { return reinterpret_cast<float*>(slot_acts(slot) + 3 * K * kAct); };
+  [[maybe_unused]] auto slot_hands = [&](int slot, int k, int w) { return slot_bc(slot) + L::row(2 * kN) + (k * W + w) * L::kHanded; };
   float* records = reinterpret_cast<float*>(shared + N * slot_bytes);            // [K][W][kRecord]
   uint64_t* ready = reinterpret_cast<uint64_t*>(records + L::record_floats(K, W));  // [K][W][kHands]: handed on
   uint64_t *filled = ready + K * W * kHands, *done = filled + 16;                // [16] each
@@ -92,9 +93,10 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
     const int before = w == 0 ? W - 1 : w - 1;
     float* record = records + (k * W + w) * L::kRecord;
     float *carry_in = records + (k * W + before) * L::kRecord + lane * kTogether, *carry_out = record + lane * kTogether;
+    float* own_A = L::kOneA ? all_A + k * L::kHanded + lane * kTogether : carry_out + L::kOwnHands;
+    if constexpr (kLinked > 0) carry_out = slot_hands(0, k, w) + lane * kTogether;
     uint64_t *in_ready = ready + (k * W + before) * kHands, *out_ready = ready + (k * W + w) * kHands;
     [[maybe_unused]] PairLane<L> own;
-    float* own_A = L::kOneA ? all_A + k * L::kHanded + lane * kTogether : carry_out + L::kHanded;
     // The last warp hands the state before the first token on to warp 0 (linked: that of the row's first block).
 #pragma unroll
     for (int s = 0; s < kStates; s++) {
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
       }
     }
     if constexpr (kLanes > 2) {
-      if constexpr (L::kOneA) own.own_A = reinterpret_cast<const float2*>(own_A);
+      if constexpr (L::kOneA || kLinked > 0) own.own_A = reinterpret_cast<const float2*>(own_A);
       own.bias = bias, own.D = D, own.use_softplus = use_softplus, own.has_z = has_z, own.use_record(record);
       own.carry_in = reinterpret_cast<float2*>(carry_in), own.carry_out = reinterpret_cast<float2*>(carry_out);
       own.in_ready = in_ready, own.out_ready = out_ready;
@@ -131,7 +133,11 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
       const uint32_t slot = kLinked ? place : place / L::kTiles, at = kLinked ? w : place % L::kTiles;
       uint64_t* full = filled + slot;
       mbarrier_wait(full, lap);
-      if constexpr (kLinked > 0) own.link.sends = w == W - 1 && left > L::kTokens;
+      if constexpr (kLinked > 0) {
+        own.carry_out = reinterpret_cast<float2*>(slot_hands(slot, k, w)) + lane;
+        if (w > 0) own.carry_in = own.carry_out - L::kHanded / 2;
+        own.link.sends = w == W - 1 && left > L::kTokens;
+      }
       if (left > 0) {
         T* acts = slot_acts(slot) + k * 3 * kAct + at * L::kTileRows * G + (first + first / L::kPadded) * G + channel;
         const float* bc = slot_bc(slot) + L::row(kStates) * part + at * 4;
@@ -173,10 +179,11 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
   if (p.hT) {
     const int tiles = ceil_div(n, L::kTokens) - (all_spans - spans) * L::kTiles;  // of this block
     const int last = (tiles + W - 1) % W;  // the warp of the last tile; W - 1, which holds the start, if there is none
+    [[maybe_unused]] const int last_slot = max(spans - 1, 0) % N;
     for (int i = threadIdx.x; i < channels * d_state; i += blockDim.x) {
       const int c = i / d_state, s = i % d_state, lane_of = L::lane(s / kStates, c % G), hand = s % kStates / kTogether;
-      p.hT[(int64_t(b) * p.dim + c0 + c) * d_state + s] =
-          records[(c / G * W + last) * L::kRecord + (hand * 32 + lane_of) * kTogether + s % kTogether];
+      const float* hands = kLinked ? slot_hands(last_slot, c / G, last) : records + (c / G * W + last) * L::kRecord;
+      p.hT[(int64_t(b) * p.dim + c0 + c) * d_state + s] = hands[(hand * 32 + lane_of) * kTogether + s % kTogether];
     }
   }
   zero_padding(p, b, n, c0, c0 + channels);

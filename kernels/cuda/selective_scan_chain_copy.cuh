@@ -39,8 +39,10 @@ template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirs
   // parts of y, [lane of the channel][tokens / kTurn][kWidth][kTurn]. The strides keep every access there free of bank conflicts.
   static constexpr int kTurn = 32 / kWidth, kSteps = kLanes == 4 ? 68 : 56, kBlock = kLanes == 4 ? 36 : 32;
   static constexpr int kSums = kLanes == 4 ? 148 : 68;
-  static constexpr int kHanded = kStates * 32, kOwnA = kOneA ? 0 : kHanded;
-  static constexpr int kRecord = kHanded + kOwnA + (kLanes == 2 ? 0 : kWidth * kSteps + kLanes * kSums);
+  // Linked, what is handed on is in the slots instead, [K][kWarps] behind B and C: a warp does not hear from the other block that
+  // what it handed on has been taken, but from whoever fills the slot again.
+  static constexpr int kHanded = kStates * 32, kOwnHands = kLinked ? 0 : kHanded, kOwnA = kOneA ? 0 : kHanded;
+  static constexpr int kRecord = kOwnHands + kOwnA + (kLanes == 2 ? 0 : kWidth * kSteps + kLanes * kSums);
 
   // Lanes l and l ^ 1 have the same states, l and l ^ 2 the same channel (with more than two lanes a channel): either is
   // what lets the two halves of a 16-byte load of one address for several lanes go together.
@@ -58,7 +60,7 @@ template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirs
 
   static __device__ __forceinline__ int d_state(const Args<T>& p) { return kN == kState ? kState : p.d_state; }
   static __host__ __device__ int slot_bytes(int K) {
-    return int(3 * K * kActivation * sizeof(T) + row(2 * kN) * sizeof(float));
+    return int(3 * K * kActivation * sizeof(T) + (row(2 * kN) + K * kLinked * kHanded) * sizeof(float));
   }
   static __host__ __device__ int record_floats(int K, int W) { return K * W * kRecord + (kOneA ? K * kHanded : 0); }
   static __host__ __device__ int fixed_bytes(int K, int W) {  // records [K][W]; barriers: [K][W][kHands] and 2 a slot; inboxes [K]

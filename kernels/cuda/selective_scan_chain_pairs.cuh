@@ -16,18 +16,18 @@ template <typename L> struct PairLane {
   bool use_softplus, has_z;
   const float2* carry_in;
   float2* carry_out;
-  const float2* own_A;  // in log2 units, where the group has one copy of it; else it is behind what is handed on
+  const float2* own_A;  // in log2 units, unless it is behind what is handed on
   uint64_t *in_ready, *out_ready;
   float *steps_out, *sums_out;  // in the warp's record, written by this lane
   const float *steps, *sums;    // read by it
 
   __device__ __forceinline__ float2 decay_rates(int s) const {
-    return L::kOneA ? own_A[s / 2 * 32] : carry_out[(L::kHands + s / 2) * 32];
+    return L::kOneA || L::kLinked ? own_A[s / 2 * 32] : carry_out[(L::kHands + s / 2) * 32];
   }
   __device__ __forceinline__ void use_record(float* record) {
     constexpr int kTurn = L::kTurn;
     const int part = L::part(threadIdx.x % 32), channel = L::channel(threadIdx.x % 32), first = part * L::kOwn;
-    float* own = record + L::kHanded + L::kOwnA;
+    float* own = record + L::kOwnHands + L::kOwnA;
     float* all = own + L::kWidth * L::kSteps;
     steps = own + channel * L::kSteps, steps_out = const_cast<float*>(steps) + first;
     sums_out = all + part * L::kSums + channel * kTurn;
