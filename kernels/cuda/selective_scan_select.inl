@@ -13,10 +13,10 @@ struct ChainBlock {
 constexpr int kLanes2 = Tactic::kChain, kLanes4 = Tactic::kChain4, kLanes8 = Tactic::kChain8, kLinked = Tactic::kLinked;
 constexpr ChainBlock kChainBlocks[] = {
     {16, kLanes2, 1, 14, 2, 5.0, 17.8},  {16, kLanes2, 2, 7, 2, 5.6, 33.5},   {16, kLanes2, 3, 5, 1, 6.3, 45.9},
-    {16, kLanes4, 2, 7, 2, 3.3, 18.4},   {16, kLanes4, 3, 5, 1, 3.9, 26.0},   {16, kLanes4, 5, 3, 1, 5.4, 40.6},
+    {16, kLanes4, 2, 7, 2, 4.0, 18.2},   {16, kLanes4, 3, 5, 1, 3.9, 26.0},   {16, kLanes4, 5, 3, 1, 5.4, 40.6},
     {16, kLanes4, 1, 14, 2, 3.6, 11.1},  {16, kLanes4, 1, 8, 2, 3.3, 12.9},   {16, kLanes8, 1, 10, 2, 2.7, 11.2},
-    {16, kLinked, 3, 4, 1, 4.1, 14.4},   {16, kLinked, 5, 3, 1, 3.9, 24.0},   {16, kLinked, 1, 8, 2, 3.8, 6.8},
-    {16, kLanes2, 1, 8, 2, 3.6, 22.8},
+    {16, kLanes8, 3, 5, 1, 2.5, 20.0},   {16, kLinked, 3, 4, 1, 4.1, 14.4},   {16, kLinked, 5, 3, 1, 3.9, 24.0},
+    {16, kLinked, 1, 8, 2, 3.8, 6.8},    {16, kLanes2, 1, 8, 2, 3.6, 22.8},
 
     {8, kLanes4, 2, 7, 2, 3.4, 12.05},   {8, kLanes4, 1, 8, 2, 3.1, 8.1},     {8, kLanes4, 3, 4, 2, 3.9, 18.3},
     {8, kLanes4, 4, 3, 2, 4.3, 25.1},    {8, kLanes4, 5, 3, 1, 4.3, 30.1},    {8, kLinked, 3, 4, 1, 3.9, 10.4},
