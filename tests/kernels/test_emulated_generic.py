@@ -138,6 +138,7 @@ GENERIC, CHANNEL, TWO_LANES, FOUR_LANES, EIGHT_LANES, LINKED = range(6)  # struc
         ((1, 512, 2048), 16, LINKED, 1),
         ((1, 1024, 2048), 16, FOUR_LANES, 1),
         ((1, 1536, 128), 16, EIGHT_LANES, 3),
+        ((1, 1536, 300), 16, LINKED, 3),
         ((1, 1536, 700), 16, LINKED, 3),
         ((1, 1536, 32768), 16, LINKED, 3),
         ((1, 2048, 2048), 16, FOUR_LANES, 2),
