@@ -41,9 +41,9 @@ bool bc_aligned(const Params& p) {
 }
 
 bool covers_chain(const Params& p, const Tactic& t) {
-  const bool linked = t.kernel == Tactic::kLinked;
-  if (linked && (!linked_warps(chain_states(p.d_state), t.warps) || compute_major() < 9)) return false;
-  if (!chain_lanes(chain_states(p.d_state), chain_lanes_of(t.kernel)) || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.warps < 1 ||
+  const int states = chain_states(p.d_state);
+  if (t.kernel == Tactic::kLinked && (!linked_warps(states, t.warps) || compute_major() < 9)) return false;
+  if (!chain_lanes(states, chain_lanes_of(t.kernel)) || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.warps < 1 ||
       t.copiers < 1 || t.groups * t.warps + t.copiers > kChainWarps) {
     return false;
   }

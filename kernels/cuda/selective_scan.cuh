@@ -41,8 +41,9 @@ template <typename T> struct Args {
   int* turns;          // pieces in turn: tickets drawn, then for every row of blocks the pieces done; piece_state: see Turn
 };
 
-// Which kernel, and: chain (two, four or eight lanes a channel): groups of channels in a block, scanning warps of a group,
-// copying warps; channel: pieces of a row, side by side or in turn by so many blocks of a multiprocessor (in copiers); generic: pieces.
+// Which kernel, and: chain (two, four or eight lanes a channel; linked: four, and two blocks): groups of channels in a block,
+// scanning warps of a group, copying warps; channel: pieces of a row, side by side or in turn by so many blocks of a
+// multiprocessor (in copiers); generic: pieces.
 struct Tactic {
   enum Kernel { kGeneric = 0, kChannel = 1, kChain = 2, kChain4 = 3, kChain8 = 4, kLinked = 5 };
   int kernel, groups, warps, copiers, pieces;

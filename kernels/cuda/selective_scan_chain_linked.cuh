@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t address_in(const void* p, int rank) {
 #endif
   return at;
 }
-// If `sends`, two states to another block, whose barrier counts their bytes. No branch: every tile of the row waits for this.
+// If `sends`, two states to another block, whose barrier counts their bytes.
 __device__ __forceinline__ void send_states(uint32_t to, float2 h, uint32_t bar, bool sends) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
