@@ -155,12 +155,26 @@ GENERIC, CHANNEL, TWO_LANES, FOUR_LANES, EIGHT_LANES, LINKED = range(6)  # struc
 def test_the_selector_takes_what_was_fastest_on_an_h200(
     built: ctypes.CDLL, shape: tuple[int, int, int], d_state: int, kernel: int, groups: int
 ) -> None:
-    batch, dim, seqlen = shape
-    u, B = torch.empty(batch, seqlen, dim, dtype=torch.bfloat16), torch.empty(batch, seqlen, 1, d_state).bfloat16()
-    built.set_multiprocessors(132)
-    try:
-        found = selective_scan.selective_scan_tactics(u, u, torch.empty(dim, d_state), B, B, u)
-    finally:
-        built.set_multiprocessors(2)
+    found = tactics_of(built, shape, d_state, multiprocessors=132)
     assert len(found) > 1
     assert (found[0] & 15, found[0] >> 4 & 255) == (kernel, groups)
+
+
+def test_blocks_are_linked_only_where_there_are_clusters(built: ctypes.CDLL) -> None:
+    assert LINKED in {tactic & 15 for tactic in tactics_of(built, (1, 1536, 2048), 16, multiprocessors=16)}
+    before_hopper = tactics_of(built, (1, 1536, 2048), 16, multiprocessors=16, major=8)
+    assert FOUR_LANES in {tactic & 15 for tactic in before_hopper}
+    assert LINKED not in {tactic & 15 for tactic in before_hopper}
+
+
+def tactics_of(
+    built: ctypes.CDLL, shape: tuple[int, int, int], d_state: int, multiprocessors: int, major: int = 9
+) -> list[int]:
+    """What the selector lists on such a device; shape: batch, channels, tokens."""
+    batch, dim, seqlen = shape
+    u, B = torch.empty(batch, seqlen, dim, dtype=torch.bfloat16), torch.empty(batch, seqlen, 1, d_state).bfloat16()
+    built.set_device(multiprocessors, major)
+    try:
+        return selective_scan.selective_scan_tactics(u, u, torch.empty(dim, d_state), B, B, u)
+    finally:
+        built.set_device(2, 9)

@@ -1,12 +1,13 @@
-// The tactic "generic" behind the op's own entry, a fiber for every thread. The device has two multiprocessors, unless told.
+// The tactic "generic" behind the op's own entry, a fiber for every thread. The device is a Hopper of two multiprocessors, unless
+// told.
 #include "common.cuh"
 
-static int multiprocessors = 2;
-extern "C" void set_multiprocessors(int count) { multiprocessors = count; }
+static int multiprocessors = 2, major = 9;
+extern "C" void set_device(int count, int compute_major) { multiprocessors = count, major = compute_major; }
 
 namespace mamba {
 int sm_count() { return multiprocessors; }
-int compute_major() { return 9; }
+int compute_major() { return major; }
 size_t max_shared_bytes() { return 232448; }
 inline uint32_t smem_address(const void*) { std::abort(); }  // of kernels that do not run here
 }  // namespace mamba
