@@ -119,14 +119,16 @@ def time_ms(calls: Sequence[Callable[[], Any]], budget_ms: float = 60.0, replays
             call()
         stream.synchronize()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        singles = []  # the least counts: after a slow call too few would make up the graph, whose own launch then tells
-        for i in range(5):
+
+        def elapsed(run: Callable[[], Any]) -> float:
             start.record()
-            calls[i % len(calls)]()
+            run()
             stop.record()
             stream.synchronize()
-            singles.append(start.elapsed_time(stop))
-        once = max(min(singles), 2e-3)
+            return float(start.elapsed_time(stop))
+
+        # The least of five: after a slow call too few would make up the graph, whose own launch then tells.
+        once = max(min(elapsed(calls[i % len(calls)]) for i in range(5)), 2e-3)
         count = int(min(max(budget_ms / replays / once, 1), 200))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
@@ -134,13 +136,7 @@ def time_ms(calls: Sequence[Callable[[], Any]], budget_ms: float = 60.0, replays
                 calls[i % len(calls)]()
         graph.replay()
         stream.synchronize()
-        times = []
-        for _ in range(replays):
-            start.record()
-            graph.replay()
-            stop.record()
-            stream.synchronize()
-            times.append(start.elapsed_time(stop) / count)
+        times = [elapsed(graph.replay) / count for _ in range(replays)]
     return float(statistics.median(times))
 
 

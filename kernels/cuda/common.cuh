@@ -149,6 +149,12 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* bar, int arrivals) {
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar) {
   asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(smem_address(bar)) : "memory");
 }
+// An arrival that has the phase wait for `bytes` besides, which the copy engine or another block brings.
+__device__ __forceinline__ void mbarrier_expect(uint64_t* bar, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes) : "memory");
+#endif
+}
 // Arrives when `used`, an OR of loads from a buffer that is refilled behind the arrival, is in registers: a load that was only
 // issued may be overtaken. gridDim.z is 1, which the compiler does not know, so the address depends on `used` and is `bar`.
 __device__ __forceinline__ void mbarrier_arrive_after(uint64_t* bar, uint32_t used) { mbarrier_arrive(bar + (used & (gridDim.z - 1))); }

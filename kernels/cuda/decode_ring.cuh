@@ -11,12 +11,6 @@
 
 namespace mamba::decode {
 
-__device__ __forceinline__ void mbarrier_expect(uint64_t* bar, uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes) : "memory");
-#endif
-}
-
 // Position in the stream: the slot and how often the ring has been around (its last bit).
 struct Cursor {
   int slot = 0, parity = 0;

@@ -44,7 +44,7 @@ bool covers_chain(const Params& p, const Tactic& t) {
   const int states = chain_states(p.d_state);
   if (t.kernel == Tactic::kLinked && (!linked_warps(states, t.warps) || compute_major() < 9)) return false;
   if (!chain_lanes(states, chain_lanes_of(t.kernel)) || !bc_aligned(p) || t.pieces != 1 || t.groups < 1 || t.warps < 1 ||
-      t.copiers < 1 || t.groups * t.warps + t.copiers > kChainWarps) {
+      t.copiers < 1) {
     return false;
   }
   auto fits = [&](auto layout) {

@@ -34,13 +34,6 @@ __device__ __forceinline__ void send_states(uint32_t to, float2 h, uint32_t bar,
       : "memory");
 #endif
 }
-// The one arrival of a phase that waits for `bytes` besides.
-__device__ __forceinline__ void mbarrier_expect(uint64_t* bar, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;\n}" ::"r"(smem_address(bar)), "r"(bytes)
-               : "memory");
-#endif
-}
 
 constexpr int kSentBytes = 32 * sizeof(float2);  // of two states of every lane
 

@@ -190,10 +190,6 @@ __device__ __forceinline__ void split_tile(uint32_t dst, int low_at, const float
   }
 }
 
-__device__ __forceinline__ void expect_bytes(uint64_t* bar, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)), "r"(bytes) : "memory");
-}
-
 // A tile of 128 tokens x 64 columns by the copy engine; tokens past the end of the row become zeros, and so do columns past that
 // of the part (a head or a group) if any are padding.
 template <bool kPadded>
@@ -233,7 +229,7 @@ __device__ __forceinline__ void clear_rows(uint32_t tile, int tiles, int rows) {
 
 // Bulk copies of whole images: from global memory, counted by an mbarrier, and to it.
 __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int bytes, uint64_t* bar) {
-  expect_bytes(bar, bytes);
+  mbarrier_expect(bar, bytes);
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
                "l"(src), "r"(bytes), "r"(smem_address(bar))
                : "memory");

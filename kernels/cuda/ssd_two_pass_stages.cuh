@@ -297,7 +297,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
   } else if (warp == 0) {
     if (threadIdx.x == 0) {
       const auto group = L::group(at.group);
-      expect_bytes(shared.ready(), 2 * L::kStates);
+      mbarrier_expect(shared.ready(), 2 * L::kStates);
 #pragma unroll
       for (int i = 0; i < L::kStateTiles; i++) {
         const int column = group.column + i * 64;
@@ -308,7 +308,7 @@ __device__ __forceinline__ void outputs_produce(const TwoPassArgs& args, const O
     const bool clear = rows < kTileRows && at.limit < p.seqlen;
     const auto load_x = [&](int i, uint64_t* bar) {  // by one thread
       const auto head = L::head(p, at.head0 + i * at.step);
-      expect_bytes(bar, L::kInput);
+      mbarrier_expect(bar, L::kInput);
 #pragma unroll
       for (int k = 0; k < L::kHeadTiles; k++)
         tensor_load<L::kPadded>(shared.x(i % L::kStages) + k * kTileBytes, args.x, head.column + k * 64, head.part, at.token0, at.batch,

@@ -308,7 +308,7 @@ __device__ __forceinline__ void states_produce(const TwoPassArgs& args, const St
       free(n);
       if (threadIdx.x == 0) {
         const auto of_B = L::group(group), of_x = L::head(p, at.head);
-        expect_bytes(bar, L::kStage);
+        mbarrier_expect(bar, L::kStage);
 #pragma unroll
         for (int wg = 0; wg < L::kWgs; wg++)
           tensor_load<L::kPadded>(shared.B(stage, wg), args.B, of_B.column + (at.part * L::kWgs + wg) * 64, of_B.part, token0, at.batch,

@@ -25,6 +25,7 @@ BODIES = {
         "cp_async_wait": "",
         "mbarrier_init": "emulated_init(bar, arrivals);",
         "mbarrier_arrive": "emulated_arrive(bar);",
+        "mbarrier_expect": "emulated_change(bar, 1, bytes / 8);",
         "mbarrier_wait": "emulated_wait(bar, parity);",
     },
     "selective_scan_chain_copy.cuh": {
@@ -35,7 +36,6 @@ BODIES = {
         "cluster_sync": "emulation::whole_cluster->arrive_and_wait();",
         "address_in": "return smem_address(p) + (rank - emulation::rank) * emulation::kShared;",
         "send_states": "if (sends) emulated_send(to, h, bar);",
-        "mbarrier_expect": "emulated_change(bar, 1, bytes / 8);",
     },
 }
 pytestmark = [

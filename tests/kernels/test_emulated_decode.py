@@ -54,7 +54,6 @@ def replace_assembly(text: str, replacements: dict[str, str]) -> str:
 
 
 ASSEMBLY = {
-    "mbarrier.arrive.expect_tx": "emulation::expect(bar, bytes)",
     "fence.mbarrier_init": "",
     "createpolicy": "policy = 0",
     "cp.async.bulk": "emulation::bulk(to, piece.source, piece.bytes, full)",

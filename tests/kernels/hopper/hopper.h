@@ -18,6 +18,9 @@ inline void mbarrier_init(uint64_t* bar, int count) {
 inline void mbarrier_arrive(uint64_t* bar) {
   with_barrier(bar, [](emu::Barrier& at) { at.pending--; });
 }
+inline void mbarrier_expect(uint64_t* bar, int bytes) {
+  with_barrier(bar, [&](emu::Barrier& at) { at.bytes += bytes, at.pending--; });
+}
 inline void mbarrier_arrive_after(uint64_t* bar, uint32_t) { mbarrier_arrive(bar); }
 inline void mbarrier_wait(uint64_t* bar, int parity) {
   std::unique_lock<std::mutex> lock(emu::mutex);
@@ -99,9 +102,6 @@ template <int kPending> void wgmma_wait() {}
 template <typename Registers> void pin(Registers&) {}
 template <int kKeep, bool kMore> void set_registers() {}
 
-inline void expect_bytes(uint64_t* bar, int bytes) {
-  with_barrier(bar, [&](emu::Barrier& at) { at.bytes += bytes, at.pending--; });
-}
 inline void landed(uint64_t* bar, int bytes) {
   with_barrier(bar, [&](emu::Barrier& at) { at.bytes -= bytes; });
 }
@@ -124,7 +124,7 @@ inline void tensor_store(const CUtensorMap& map, uint32_t src, int col, int part
       std::memcpy(map.at(col + c, part, token + r, batch), emu::smem + swizzled(src + r * 128 + c * 2), 2);
 }
 inline void bulk_load(uint32_t dst, const void* src, int bytes, uint64_t* bar) {
-  expect_bytes(bar, bytes);
+  mbarrier_expect(bar, bytes);
   std::memcpy(emu::smem + dst, src, bytes);
   landed(bar, bytes);
 }
