@@ -2,6 +2,7 @@
 #include "early_launch.cuh"
 #include "ssd_plan.cuh"
 #include "ssd_two_pass_plan.cuh"
+#include "tensor_copy.cuh"
 
 #include <math.h>
 
@@ -90,14 +91,7 @@ struct CutTime {
 // if they are padded.
 bool describe(CUtensorMap* map, int dtype, const void* at, int columns, int parts, bool padded, const ScanArgs& a, int64_t token,
               int64_t batch, cuuint32_t rows = kTwoPassChunk) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const bool ok = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) == cudaSuccess &&
-                    found == cudaDriverEntryPointSuccess;
-    return ok ? reinterpret_cast<Encode>(entry) : nullptr;
-  }();
+  const TensorEncode encode = tensor_encode();
   if (!encode) return false;
   if (a.seqlen == 1) token = static_cast<int64_t>(parts) * columns;  // strides of a single row or token may be anything
   if (a.batch == 1) batch = token * a.seqlen;

@@ -200,10 +200,7 @@ __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap& map
         "l"(&map), "r"(col), "r"(token), "r"(part), "r"(batch), "r"(smem_address(bar))
         : "memory");
   else
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
-        "l"(&map), "r"(col), "r"(token), "r"(batch), "r"(smem_address(bar))
-        : "memory");
+    load_box(dst, map, col, token, batch, bar);
 }
 
 // A tile out of shared memory, in a bulk group; what lies past the end of the row, or is padding, is not written.
@@ -214,9 +211,7 @@ __device__ __forceinline__ void tensor_store(const CUtensorMap& map, uint32_t sr
                  "r"(token), "r"(part), "r"(batch), "r"(src)
                  : "memory");
   else
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(col), "r"(token),
-                 "r"(batch), "r"(src)
-                 : "memory");
+    store_box(map, src, col, token, batch);
 }
 
 // Zeros in rows from `rows` on of `tiles` tiles, by one warp: padding may hold anything.
@@ -237,8 +232,6 @@ __device__ __forceinline__ void bulk_load(uint32_t dst, const void* src, int byt
 __device__ __forceinline__ void bulk_store(void* dst, uint32_t src, int bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
 }
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");

@@ -2,12 +2,11 @@
 #pragma once
 
 #include "ssd_mma.cuh"
+#include "tensor_copy.cuh"
 
 namespace mamba {
 namespace ssd {
 
-// Orders a thread's ordinary shared-memory accesses before the matrix unit's.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>

@@ -62,8 +62,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         (folder / name).write_text('#include "ssd_mma.cuh"\n')
     take("ssd_two_pass.cuh", (r"(?s)template <bool kPadded>\n[^\n]*void tensor_load.*?(?=// Zeros in rows)", ""),
          (r"template <int kPending>\n__device__ __forceinline__ void bulk_wait\(\) \{[^}]*\}\n", ""),
-         *map(body, ("store_shared_16", "load_shared_16", "bulk_load", "bulk_store", "bulk_commit",
-                     "bulk_wait_read")))  # fmt: skip
+         *map(body, ("store_shared_16", "load_shared_16", "bulk_load", "bulk_store")))  # fmt: skip
     memory = (r"extern __shared__ __align__\(1024\) uint8_t memory\[\];", "uint8_t* memory = emu::smem;")
     fence = (r'asm volatile\("fence.mbarrier_init.*\n', "")
     take("ssd_two_pass_stages.cuh")
