@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "selective_scan_chain_copy.cuh"
+#include "selective_scan_chain_layout.cuh"
 
 namespace mamba::scan {
 namespace {

@@ -7,12 +7,14 @@
 // value at the end of the tile before, which another warp has, runs the recurrence and hands the value on; only then it
 // adds to y and computes the decays of the next state. The W warps of a group take its tiles in turn.
 //
-// P more warps only copy: they keep a ring of N slots of some tiles filled and write y, which lies in the place of z.
+// P more warps only copy, or have the copy engine do so: they keep a ring of N slots of some tiles filled and write y, which lies in
+// the place of z.
 //
 // Linked (selective_scan_chain_linked.cuh), two blocks own the groups together and take slots in turn.
 #pragma once
 
 #include "early_launch.cuh"
+#include "selective_scan_chain_copy.cuh"
 #include "selective_scan_chain_pairs.cuh"
 #include "selective_scan_chain_two.cuh"
 
@@ -31,11 +33,11 @@ __device__ __forceinline__ void copy_A(float* to, const Args<T>& p, int K, int c
 
 template <typename T, int kLanes, int kN, int kLinked, bool kEarly>
 __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps, 1)
-    chain_kernel(const __grid_constant__ Args<T> p, int K, int warps_of_group, int N) {
+    chain_kernel(const __grid_constant__ Args<T> p, const __grid_constant__ Boxes boxes, int K, int warps_of_group, int N) {
   using L = Chain<T, kLanes, kN, kLinked, kEarly>;
   constexpr int kBlocks = L::kBlocks;
   const int W = kLinked ? kLinked : warps_of_group;
-  constexpr int G = L::kWidth, kStates = L::kStates, kHands = L::kHands, kTogether = L::kTogether, kAct = L::kActivation;
+  constexpr int G = L::kWidth, kStates = L::kStates, kHands = L::kHands, kTogether = L::kTogether;
   const int warps = K * W, copiers = blockDim.x / 32 - warps;
   const int b = blockIdx.y, width = K * G;
   const int blocks_per_group = ceil_div(p.group_dim, width);
@@ -45,10 +47,10 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
   const int channels = min(width, (group + 1) * p.group_dim - c0);
   const int d_state = L::d_state(p);
 
-  extern __shared__ __align__(16) char shared[];
+  extern __shared__ __align__(128) char shared[];
   const int slot_bytes = L::slot_bytes(K);
   auto slot_acts = [&](int slot) { return reinterpret_cast<T*>(shared + slot * slot_bytes); };
-  auto slot_bc = [&](int slot) { return reinterpret_cast<float*>(slot_acts(slot) + 3 * K * kAct); };
+  auto slot_bc = [&](int slot) { return reinterpret_cast<float*>(slot_acts(slot) + L::activations(K)); };
   [[maybe_unused]] auto slot_hands = [&](int slot, int k, int w) { return slot_bc(slot) + L::row(2 * kN) + (k * W + w) * L::kHanded; };
   float* records = reinterpret_cast<float*>(shared + N * slot_bytes);            // [K][W][kRecord]
   uint64_t* ready = reinterpret_cast<uint64_t*>(records + L::record_floats(K, W));  // [K][W][kHands]: handed on
@@ -60,7 +62,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
   if (lane == 0) {  // of every warp: the lanes of one would do it one after the other, 0.4 us more
     for (int i = warp; i < K * W * kHands; i += all_warps) mbarrier_init(&ready[i], 32);
     for (int i = warp; i < N; i += all_warps) {
-      mbarrier_init(&filled[i], 2 * 32);
+      mbarrier_init(&filled[i], Copier<T, L>::arrivals(boxes));
       mbarrier_init(&done[i], L::kTiles * 32 * K);
     }
     if constexpr (kLinked > 0) {
@@ -70,6 +72,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
       }
     }
   }
+  if (warp == warps && lane == 0) Copier<T, L>::prefetch(boxes);
   if constexpr (kLinked > 0) {
     cluster_sync();
   } else {
@@ -125,7 +128,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
         own.link.send_to(inbox, inbox_arrived, turn ^ 1);
       }
     }
-    const int first = kLanes == 2 ? 0 : part * L::kOwn;  // this lane's own tokens; with two lanes a channel it has every other
+    const int first = kLanes == 2 ? 0 : part;  // of this lane's own tokens of a tile
     uint32_t place = kLinked ? 0 : w, lap = 0, parity = 0;  // in the ring of N slots, which holds more than W tiles
     int left = n - start_of(0) - w * L::kTokens;  // tokens of the row from a tile on
     const int end = (kLinked ? left : n) - spans * kBlocks * L::kSpan;
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
         own.link.sends = w == W - 1 && left > L::kTokens;
       }
       if (left > 0) {
-        T* acts = slot_acts(slot) + k * 3 * kAct + at * L::kTileRows * G + (first + first / L::kPadded) * G + channel;
+        T* acts = slot_acts(slot) + k * L::kGroup + (at * L::kTokens + first) * G + channel;
         const float* bc = slot_bc(slot) + L::row(kStates) * part + at * 4;
         if constexpr (kLanes == 2) {
           chain_tile<T, L>(acts, bc, own_A, carry_in, carry_out, in_ready, out_ready, parity, left, bias, D, use_softplus, has_z);
@@ -153,26 +156,27 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
       if (place >= ring) place -= ring, lap ^= 1;
     }
   } else {
-    const Copier<T, L> copier(p, b, group, c0, channels, n);
+    const Copier<T, L> copier(p, boxes, b, group, c0, channels, n);
     int slot = warp - warps, lap = 0;
-    // Whoever fills a slot again writes y out of it: each lane overwrites only what it has read itself.
+    // Whoever fills a slot again writes y out of it.
     for (int span = slot; span < spans + N; span += copiers) {
-      const bool fills = span < spans;
+      const bool fills = span < spans, again = span >= N;
       typename Copier<T, L>::States states;
       if (fills) states = copier.load_states(start_of(span));  // on its way while the slot is waited for
-      if (span >= N) {
+      if (again) {
         mbarrier_wait(&done[slot], lap ^ 1);
         copier.write_y(slot_acts(slot), start_of(span - N));
       }
       if (fills) {
-        copier.fill_activations(slot_acts(slot), start_of(span));
-        mbarrier_arrive_copies(&filled[slot]);
+        copier.fill_activations(slot_acts(slot), start_of(span), &filled[slot], again);
         copier.store_states(slot_bc(slot), states, start_of(span));
+        if (again) copier.fill_gates(slot_acts(slot), start_of(span), &filled[slot]);
         mbarrier_arrive(&filled[slot]);
       }
       slot += copiers;
       if (slot >= N) slot -= N, lap ^= 1;
     }
+    copier.finish();
   }
   __syncthreads();
   if (kLinked && turn != max(all_spans - 1, 0) % 2) return;  // the other block has the row's end

@@ -5,7 +5,7 @@
 // inbox, where its first warp finds the states that the other block's last warp sends; warp follows warp as within a block.
 #pragma once
 
-#include "selective_scan_chain_copy.cuh"
+#include "selective_scan_chain_layout.cuh"
 
 namespace mamba::scan {
 

@@ -35,61 +35,60 @@ template <typename L> struct PairLane {
   }
 };
 
-// dt, dt * u and D * u of this lane's own tokens, into the warp's record.
+// dt and dt * u of this lane's own tokens, into the warp's record.
 template <typename T, typename L>
 __device__ __forceinline__ void make_steps(const PairLane<L>& lane, const T* own, int left) {
-  constexpr int G = L::kWidth, kOwn = L::kOwn;
+  constexpr int kLanes = L::kLanesOfChannel, kStep = kLanes * L::kWidth, kOwn = L::kOwn;
   float d[kOwn], x[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; i++) {
-    d[i] = to_float(own[L::kActivation + i * G]) + lane.bias;
-    x[i] = to_float(own[i * G]);
+    d[i] = to_float(own[L::kActivation + i * kStep]) + lane.bias;
+    x[i] = to_float(own[i * kStep]);
   }
   if (lane.use_softplus) {
 #pragma unroll
     for (int i = 0; i < kOwn; i++) d[i] = softplus<sizeof(T) == 4>(d[i]);
   }
-  if (left < kOwn) {  // past the end of the row; what is there may be NaN
+  if (left <= (kOwn - 1) * kLanes) {  // past the end of the row; what is there may be NaN
 #pragma unroll
     for (int i = 0; i < kOwn; i++) {
-      if (i >= left) d[i] = x[i] = 0.0f;
+      if (i * kLanes >= left) d[i] = x[i] = 0.0f;
     }
   }
-  Vec<float, kOwn> step, in, past;
+  Vec<float, kOwn> step, in;
 #pragma unroll
-  for (int i = 0; i < kOwn; i++) step.v[i] = d[i], in.v[i] = d[i] * x[i], past.v[i] = lane.D * x[i];
+  for (int i = 0; i < kOwn; i++) step.v[i] = d[i], in.v[i] = d[i] * x[i];
   store_vec<float, kOwn>(lane.steps_out, step);
   store_vec<float, kOwn>(lane.steps_out + L::kTokens, in);
-  store_vec<float, kOwn>(lane.steps_out + 2 * L::kTokens, past);
 }
 
-// y of this lane's own tokens from the parts of all lanes of the channel, into the place of z.
+// y of this lane's own tokens from the parts of all lanes of the channel, into the place of z. u is read again: keeping it, or D * u in
+// the record, costs more.
 template <typename T, typename L>
 __device__ __forceinline__ void finish_tokens(const PairLane<L>& lane, T* own, const float (&y)[L::kTokens]) {
-  constexpr int G = L::kWidth, kOwn = L::kOwn, kTurn = L::kTurn;
+  constexpr int kStep = L::kLanesOfChannel * L::kWidth, kOwn = L::kOwn, kTurn = L::kTurn;
 #pragma unroll
   for (int t = 0; t < L::kTokens; t += 4) {
     float* to = lane.sums_out + t / kTurn * L::kBlock + t % kTurn;
     *reinterpret_cast<float4*>(to) = make_float4(y[t], y[t + 1], y[t + 2], y[t + 3]);
   }
   T* out = own + 2 * L::kActivation;
-  auto sum = load_vec<float, kOwn>(lane.steps_out + 2 * L::kTokens);
-  float gate[kOwn];
+  float sum[kOwn], gate[kOwn];
 #pragma unroll
-  for (int i = 0; i < kOwn; i++) gate[i] = 1.0f;
+  for (int i = 0; i < kOwn; i++) sum[i] = lane.D * to_float(own[i * kStep]), gate[i] = 1.0f;
   if (lane.has_z) {
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) gate[i] = silu(to_float(out[i * G]));
+    for (int i = 0; i < kOwn; i++) gate[i] = silu(to_float(out[i * kStep]));
   }
   __syncwarp();
 #pragma unroll
   for (int q = 0; q < L::kLanesOfChannel; q++) {
     const auto part = load_vec<float, kOwn>(lane.sums + q * L::kSums);
 #pragma unroll
-    for (int i = 0; i < kOwn; i++) sum.v[i] += part.v[i];
+    for (int i = 0; i < kOwn; i++) sum[i] += part.v[i];
   }
 #pragma unroll
-  for (int i = 0; i < kOwn; i++) out[i * G] = from_float<T>(sum.v[i] * gate[i]);
+  for (int i = 0; i < kOwn; i++) out[i * kStep] = from_float<T>(sum[i] * gate[i]);
 }
 
 // Decays of two states over some tokens of a tile; dt is read again for every pair, else registers spill.
@@ -134,12 +133,15 @@ template <typename L> __device__ __forceinline__ void hand_on(const PairLane<L>&
 struct TileEnd {
   float2 states, decays;
 
-  template <int kTokens>
-  __device__ __forceinline__ void make(const float (&a0)[kTokens], const float (&a1)[kTokens], const float (&b0)[kTokens],
-                                       const float (&b1)[kTokens], float2 A, float dt) {
+  template <typename L>
+  __device__ __forceinline__ void make(const float (&a0)[L::kTokens], const float (&a1)[L::kTokens], const float (&b0)[L::kTokens],
+                                       const float (&b1)[L::kTokens], float2 A, float dt) {
     states = make_float2(b0[0], b1[0]), decays = make_float2(ex2(dt * A.x), ex2(dt * A.y));
 #pragma unroll
-    for (int t = 1; t < kTokens; t++) states.x = fmaf(a0[t], states.x, b0[t]), states.y = fmaf(a1[t], states.y, b1[t]);
+    for (int t = 1; t < L::kTokens; t++) {
+      const int i = L::place(t);
+      states.x = fmaf(a0[i], states.x, b0[i]), states.y = fmaf(a1[i], states.y, b1[i]);
+    }
   }
   __device__ __forceinline__ float2 from(float2 h) const {
     return make_float2(fmaf(decays.x, h.x, states.x), fmaf(decays.y, h.y, states.y));
@@ -147,13 +149,13 @@ struct TileEnd {
 };
 struct NoEnd {};
 
-// `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on. The next pair's decays are
-// made among the dependent steps of the recurrences: that hands the states on later, but with three or more warps to a
-// group nobody waits for them, and the special-function unit does not idle meanwhile. With more states than 16 registers
-// would spill, so only some of the decays are; none in linked blocks, where the other block waits.
+// `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on. Three quarters of the next pair's
+// decays are made among the dependent steps of the recurrences: that hands the states on later, but with three or more warps to a
+// group nobody waits for them, and the special-function unit does not idle meanwhile. With more states than 16 registers would
+// spill, and in linked blocks the other one waits: there only a quarter are.
 template <typename T, typename L>
 __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own, const float* bc, int left, int parity) {
-  constexpr int kTokens = L::kTokens, kAmong = L::kLinked && !L::kEarly ? 0 : L::kAllStates > kState ? 4 : kTokens;
+  constexpr int kTokens = L::kTokens, kAmong = (L::kLinked && !L::kEarly) || L::kAllStates > kState ? 4 : 12;
   float y[kTokens], a0[kTokens], a1[kTokens];  // decays, then states
   make_steps(lane, own, left);
   __syncwarp();
@@ -171,7 +173,7 @@ __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own
     float b0[kTokens], b1[kTokens], next0[kTokens], next1[kTokens];
     pair_inputs(lane, bc, s, b0, b1);
     std::conditional_t<L::kEarly, TileEnd, NoEnd> end;
-    if constexpr (L::kEarly) end.make(a0, a1, b0, b1, lane.decay_rates(s), all_dt);
+    if constexpr (L::kEarly) end.template make<L>(a0, a1, b0, b1, lane.decay_rates(s), all_dt);
     __syncwarp();  // the compiler moves nothing of the above behind the wait
     mbarrier_wait(lane.in_ready + s / 2, parity);
     float2 h = lane.carry_in[s / 2 * 32];
@@ -179,8 +181,9 @@ __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own
     if (s + 2 < L::kStates) pair_decays(lane, s + 2, next0, next1, 0, kAmong);
 #pragma unroll
     for (int t = 0; t < kTokens; t++) {
-      a0[t] = h.x = fmaf(a0[t], h.x, b0[t]);
-      a1[t] = h.y = fmaf(a1[t], h.y, b1[t]);
+      const int i = L::place(t);
+      a0[i] = h.x = fmaf(a0[i], h.x, b0[i]);
+      a1[i] = h.y = fmaf(a1[i], h.y, b1[i]);
     }
     if constexpr (!L::kEarly) hand_on(lane, s, h);
     if (s + 2 < L::kStates) pair_decays(lane, s + 2, next0, next1, kAmong);

@@ -3,7 +3,7 @@
 // A lane finishes every other token; dt, dt * u and parts of y go to the channel's other lane by shuffles.
 #pragma once
 
-#include "selective_scan_chain_copy.cuh"
+#include "selective_scan_chain_layout.cuh"
 
 namespace mamba::scan {
 

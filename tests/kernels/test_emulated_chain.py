@@ -32,6 +32,14 @@ BODIES = {
         "cp_async_at": "std::memcpy(emulated_shared(dst), src, kBytes);",
         "mbarrier_arrive_copies": "mbarrier_arrive(bar);",
     },
+    "tensor_copy.cuh": {
+        "fence_async_proxy": "",
+        "prefetch_map": "",
+        "load_box": "emulated_load_box(dst, map, column, token, batch, bar);",
+        "store_box": "emulated_store_box(map, src, column, token, batch);",
+        "bulk_commit": "",
+        "bulk_wait_read": "",
+    },
     "selective_scan_chain_linked.cuh": {
         "cluster_sync": "emulation::whole_cluster->arrive_and_wait();",
         "address_in": "return smem_address(p) + (rank - emulation::rank) * emulation::kShared;",

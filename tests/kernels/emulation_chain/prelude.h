@@ -4,11 +4,14 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
+#include "cuda.h"
 #include "cuda_runtime.h"
 
 #define __shared__
@@ -54,6 +57,24 @@ inline void emulated_wait(uint64_t* barrier, int parity) {
   while (int(word_of(barrier).load() >> 63) == parity) sched_yield();
 }
 inline char* emulated_shared(uint32_t at) { return &emulation::memory[0][0] + at; }
+template <typename F> void for_each_run(const CUtensorMap& map, char* box, int column, int token, int batch, F&& f) {
+  const int columns = std::max(0, std::min(map.box_columns, map.columns - column));
+  for (int t = 0; t < map.box_tokens; t++, box += map.box_columns * map.element) {
+    f(box, map.at + batch * map.batch_bytes + (token + t) * map.token_bytes + column * map.element, token + t < map.tokens ? columns : 0);
+  }
+}
+inline void emulated_load_box(uint32_t dst, const CUtensorMap& map, int column, int token, int batch, uint64_t* barrier) {
+  if (dst % 128 != 0) std::abort();
+  for_each_run(map, emulated_shared(dst), column, token, batch, [&](char* to, const char* from, int columns) {
+    std::memset(to, 0, map.box_columns * map.element);
+    std::memcpy(to, from, columns * map.element);
+  });
+  emulated_change(barrier, 0, -map.box_tokens * map.box_columns * map.element / 8);
+}
+inline void emulated_store_box(const CUtensorMap& map, uint32_t src, int column, int token, int batch) {
+  for_each_run(map, emulated_shared(src), column, token, batch,
+               [&](const char* from, char* to, int columns) { std::memcpy(to, from, columns * map.element); });
+}
 inline void emulated_send(uint32_t to, float2 v, uint32_t barrier) {
   std::memcpy(emulated_shared(to), &v, sizeof v);
   emulated_change(reinterpret_cast<uint64_t*>(emulated_shared(barrier)), 0, -1);
