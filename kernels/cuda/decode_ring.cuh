@@ -39,9 +39,7 @@ struct Ring {
 #endif
       mbarrier_init(empty + i, consumers);
     }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
+    fence_mbarrier_init();
   }
   __device__ __forceinline__ void wait(const Cursor& c) const { mbarrier_wait(full + c.slot, c.parity); }
   __device__ __forceinline__ void release(int slot) const { mbarrier_arrive(empty + slot); }

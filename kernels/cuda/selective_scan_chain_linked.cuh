@@ -11,9 +11,9 @@ namespace mamba::scan {
 
 // All blocks of the cluster are there, and the barriers that they have set up. (A release would wait for global memory too.)
 __device__ __forceinline__ void cluster_sync() {
+  fence_mbarrier_init();
 #if __CUDA_ARCH__ >= 900
-  asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 // Where `p` is in the shared memory of block `rank` of the cluster.
@@ -49,6 +49,5 @@ template <typename L> struct Link {
     send_states(there + hand * kSentBytes, h, there_arrived + hand * int(sizeof(uint64_t)), sends);
   }
 };
-struct NoLink {};
 
 }  // namespace mamba::scan

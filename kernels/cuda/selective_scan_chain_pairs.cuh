@@ -11,7 +11,7 @@ namespace mamba::scan {
 
 // What a lane has for the whole row, and what moves with its tiles.
 template <typename L> struct PairLane {
-  std::conditional_t<(L::kLinked > 0), Link<L>, NoLink> link;
+  Link<L> link;  // of linked blocks
   float bias, D;
   bool use_softplus, has_z;
   const float2* carry_in;
@@ -147,7 +147,6 @@ struct TileEnd {
     return make_float2(fmaf(decays.x, h.x, states.x), fmaf(decays.y, h.y, states.y));
   }
 };
-struct NoEnd {};
 
 // `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on. Three quarters of the next pair's
 // decays are made among the dependent steps of the recurrences: that hands the states on later, but with three or more warps to a
@@ -172,7 +171,7 @@ __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own
   for (int s = 0; s < L::kStates; s += 2) {
     float b0[kTokens], b1[kTokens], next0[kTokens], next1[kTokens];
     pair_inputs(lane, bc, s, b0, b1);
-    std::conditional_t<L::kEarly, TileEnd, NoEnd> end;
+    [[maybe_unused]] TileEnd end;
     if constexpr (L::kEarly) end.template make<L>(a0, a1, b0, b1, lane.decay_rates(s), all_dt);
     __syncwarp();  // the compiler moves nothing of the above behind the wait
     mbarrier_wait(lane.in_ready + s / 2, parity);

@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_hopper_kernel(const __grid
       mbarrier_init(shared.full(s), L::kProducers);
       mbarrier_init(shared.empty(s), L::kConsumers);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_mbarrier_init();
   }
   __syncthreads();
   if (threadIdx.x < L::kProducers) {

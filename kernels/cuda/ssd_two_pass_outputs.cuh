@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __gri
         mbarrier_init(shared.state_full(s), 1);
         mbarrier_init(shared.empty(s), L::kConsumers), mbarrier_init(shared.state_empty(s), L::kConsumers);
       }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      fence_mbarrier_init();
     }
     __syncthreads();
   }

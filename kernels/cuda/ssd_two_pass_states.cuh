@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid
       mbarrier_init(shared.weighted(s), L::kWeighers), mbarrier_init(shared.empty(s), L::kConsumers);
     }
     mbarrier_init(shared.landed(), 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_mbarrier_init();
   }
   __syncthreads();
   // The first launch of a call waits for its inputs here: the second pass, which starts behind this, reads some without waiting.

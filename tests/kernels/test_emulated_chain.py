@@ -24,6 +24,7 @@ BODIES = {
         "cp_async_commit": "",
         "cp_async_wait": "",
         "mbarrier_init": "emulated_init(bar, arrivals);",
+        "fence_mbarrier_init": "",
         "mbarrier_arrive": "emulated_arrive(bar);",
         "mbarrier_expect": "emulated_change(bar, 1, bytes / 8);",
         "mbarrier_wait": "emulated_wait(bar, parity);",

@@ -54,7 +54,6 @@ def replace_assembly(text: str, replacements: dict[str, str]) -> str:
 
 
 ASSEMBLY = {
-    "fence.mbarrier_init": "",
     "createpolicy": "policy = 0",
     "cp.async.bulk": "emulation::bulk(to, piece.source, piece.bytes, full)",
     "cp.async.mbarrier.arrive": "std::abort()",

@@ -64,12 +64,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
          (r"template <int kPending>\n__device__ __forceinline__ void bulk_wait\(\) \{[^}]*\}\n", ""),
          *map(body, ("store_shared_16", "load_shared_16", "bulk_load", "bulk_store")))  # fmt: skip
     memory = (r"extern __shared__ __align__\(1024\) uint8_t memory\[\];", "uint8_t* memory = emu::smem;")
-    fence = (r'asm volatile\("fence.mbarrier_init.*\n', "")
     take("ssd_two_pass_stages.cuh")
     take("ssd_two_pass_pieces.cuh")
-    take("ssd_two_pass_states.cuh", memory, fence)
+    take("ssd_two_pass_states.cuh", memory)
     take("ssd_two_pass_rows.cuh")
-    take("ssd_two_pass_outputs.cuh", memory, fence)
+    take("ssd_two_pass_outputs.cuh", memory)
     command = ["g++", "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-fno-strict-aliasing", f"-I{folder}"]
     output = folder / "two_pass.so"
     command += [f"-I{sources / 'include'}", str(folder / "two_pass.cpp"), "-o", str(output)]

@@ -15,6 +15,7 @@ inline void cp_async_commit() {
 }
 template <int kPending> void cp_async_wait() { emulation::finish_groups(kPending); }
 inline void mbarrier_init(uint64_t* bar, int arrivals) { emulation::of(bar) = {int16_t(arrivals), int16_t(arrivals), 0, 0}; }
+inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint64_t* bar) { emulation::arrive(bar); }
 inline void mbarrier_expect(uint64_t* bar, int bytes) { emulation::expect(bar, bytes); }
 inline void mbarrier_wait(uint64_t* bar, int parity) {

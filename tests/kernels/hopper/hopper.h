@@ -15,6 +15,7 @@ template <typename F> void with_barrier(uint64_t* bar, F change) {
 inline void mbarrier_init(uint64_t* bar, int count) {
   with_barrier(bar, [&](emu::Barrier& at) { at = {count, count}; });
 }
+inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive(uint64_t* bar) {
   with_barrier(bar, [](emu::Barrier& at) { at.pending--; });
 }
