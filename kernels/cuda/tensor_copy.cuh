@@ -56,9 +56,12 @@ inline TensorEncode tensor_encode() {
   static const TensorEncode encode = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found;
-    const bool ok = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) == cudaSuccess &&
-                    found == cudaDriverEntryPointSuccess;
-    return ok ? reinterpret_cast<TensorEncode>(entry) : nullptr;
+#if CUDART_VERSION >= 12050
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<TensorEncode>(entry) : nullptr;
   }();
   return encode;
 }

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "cuda_runtime.h"
+
 struct CUtensorMap {
   char* at;
   int64_t token_bytes, batch_bytes;
@@ -11,4 +13,4 @@ struct CUtensorMap {
 inline int cuTensorMapEncodeTiled(CUtensorMap*) { return 0; }
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 constexpr int cudaEnableDefault = 0;
-template <typename... A> int cudaGetDriverEntryPointByVersion(A...) { return 1; }
+template <typename... A> cudaError_t cudaGetDriverEntryPoint(A...) { return cudaError_t(1); }
