@@ -30,6 +30,7 @@ template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirs
   // [2 * kN][place / 4 of a tile][tile][4], from a multiple of 16 bytes on. The pad: lanes with different states read different banks.
   static constexpr bool kBoxes = kWidth * sizeof(T) >= 16;
   static constexpr int kActivation = kSpan * kWidth, kGroup = 3 * kActivation + (kBoxes ? 0 : kWidth);
+  static_assert(!kBoxes || kActivation * sizeof(T) % 128 == 0, "a box lies at a multiple of 128 bytes");
   static constexpr int kPad = 4, kRow = kSpan, kStep = kTiles * 4;
   static constexpr __host__ __device__ int row(int state) { return state * kRow + state / kStates * kPad; }  // C: from kN on
   static constexpr int kToC = row(kN);
