@@ -2,21 +2,19 @@
 #pragma once
 
 #include "selective_scan_chain.cuh"
+#include "tensor_map.cuh"
 
 namespace mamba::scan {
 
 // Describes [batch, seqlen, dim] to the copy engine, in boxes of `tokens` x `channels`.
 template <typename T>
 bool describe(CUtensorMap* map, const T* at, const Strides& stride, const Args<T>& a, int batch, int channels, int tokens) {
-  if (!tensor_encode()) return false;
   const int64_t token = a.seqlen == 1 ? a.dim : stride.token, row = batch == 1 ? token * a.seqlen : stride.batch;
   const cuuint64_t size[] = {cuuint64_t(a.dim), cuuint64_t(a.seqlen), cuuint64_t(batch)};
   const cuuint64_t bytes[] = {token * sizeof(T), row * sizeof(T)};
-  const cuuint32_t box[] = {cuuint32_t(channels), cuuint32_t(tokens), 1}, step[] = {1, 1, 1};
+  const cuuint32_t box[] = {cuuint32_t(channels), cuuint32_t(tokens), 1};
   const auto type = sizeof(T) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return tensor_encode()(map, type, 3, const_cast<T*>(at), size, bytes, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                         CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return describe_tensor(map, type, at, 3, size, bytes, box, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 template <typename T, int kLanes, int kN, int kLinked, bool kEarly>

@@ -2,7 +2,7 @@
 #include "early_launch.cuh"
 #include "ssd_plan.cuh"
 #include "ssd_two_pass_plan.cuh"
-#include "tensor_copy.cuh"
+#include "tensor_map.cuh"
 
 #include <math.h>
 
@@ -91,8 +91,6 @@ struct CutTime {
 // if they are padded.
 bool describe(CUtensorMap* map, int dtype, const void* at, int columns, int parts, bool padded, const ScanArgs& a, int64_t token,
               int64_t batch, cuuint32_t rows = kTwoPassChunk) {
-  const TensorEncode encode = tensor_encode();
-  if (!encode) return false;
   if (a.seqlen == 1) token = static_cast<int64_t>(parts) * columns;  // strides of a single row or token may be anything
   if (a.batch == 1) batch = token * a.seqlen;
   const cuuint64_t width = columns, seqlen = a.seqlen, rest = parts, rows_of_batch = a.batch;
@@ -100,10 +98,9 @@ bool describe(CUtensorMap* map, int dtype, const void* at, int columns, int part
   const cuuint64_t whole[] = {width * rest, seqlen, rows_of_batch}, whole_stride[] = {token_bytes, batch_bytes};
   const cuuint64_t of_part[] = {width, seqlen, rest, rows_of_batch}, of_part_stride[] = {token_bytes, 2 * width, batch_bytes};
   const cuuint64_t *size = padded ? of_part : whole, *stride = padded ? of_part_stride : whole_stride;
-  const cuuint32_t box[] = {64, rows, 1, 1}, step[] = {1, 1, 1, 1};
+  const cuuint32_t box[] = {64, rows, 1, 1};
   const auto type = dtype == MAMBA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode(map, type, padded ? 4 : 3, const_cast<void*>(at), size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return describe_tensor(map, type, at, padded ? 4 : 3, size, stride, box, CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 // Every launch may start while the kernel before it ends: both passes wait for that where they must.

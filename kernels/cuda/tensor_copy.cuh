@@ -50,20 +50,4 @@ __device__ __forceinline__ void bulk_wait_read() {
 #endif
 }
 
-// The driver's cuTensorMapEncodeTiled, so that the library need not be linked against it; null where there is none.
-using TensorEncode = decltype(&cuTensorMapEncodeTiled);
-inline TensorEncode tensor_encode() {
-  static const TensorEncode encode = [] {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t status = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
-#endif
-    return status == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<TensorEncode>(entry) : nullptr;
-  }();
-  return encode;
-}
-
 }  // namespace mamba

@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "cuda.h"
+#include "cuda_runtime.h"
 
 #define __shared__
 #define __align__(n)
