@@ -2,7 +2,7 @@
 //
 // It starts from zero and walks back from the piece's end:
 //   h_n = sum over t of 2^(A_n R_t) dt_t u_t B_tn,  R_t = sum of the dt behind t
-// so that it can leave a state as soon as what lies before decays by more than 2^kNegligible up to the end. How far that
+// so that it can leave a state as soon as what lies before decays by more than 2^kNegligible<T> up to the end. How far that
 // is depends on the data; of a long piece most states are left early, and then the few others go on alone, a thread for
 // each. A piece all of whose states were left hides every piece before it. Without softplus dt may be negative, and
 // nothing is left early.
@@ -21,14 +21,15 @@ struct alignas(16) Single {
 };
 
 template <typename T> struct PieceShared {
-  static constexpr int kPad = 4;  // tokens: rows of neighbouring states lie in other banks
-  struct {
-    T u[kTile][kWidth], delta[kTile][kWidth];
-    float B[kState][kTile + kPad];
-    T B_raw[kTile][kState];
-  } tile[2];
+  static constexpr int kAhead = sizeof(T) == 2 ? 2 : 1;  // tiles on their way
+  static constexpr int kPad = 4;                         // tokens: rows of neighbouring states lie in other banks
+  struct Tile {
+    T u[kTile][kWidth], delta[kTile][kWidth], B[kTile][kState];
+  } tile[kAhead + 1];
+  float B[2][kState][kTile + kPad];
   Single single[kWidth];
   float behind[kWidth];
+  int wanted[kWidth];  // of channels that are moved together: the last look at which one of their states still counted
   int count[kWidth / 32];  // states that still count, of a warp
 
   __device__ __forceinline__ int2 counted(int warp) const {  // in the warps before this one; in all
@@ -58,30 +59,33 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
 
   // B is a tile ahead of the rest, so that it is float32, with time innermost, when its tile's turn comes. No load of it goes
   // through registers: whatever else waits on that scoreboard would wait for global memory.
+  constexpr int kAhead = PieceShared<T>::kAhead;
   Lane<T, kVec> u(p.u, p.u_stride, part), delta(p.delta, p.delta_stride, part);
   StatesLane<T, kVec> states(p, part, thread % 2 + thread / 2 * 4);  // of B
+  int wanted = channels;  // 0: nobody needs the channels that this thread moves
+  auto tile_at = [&](int t0) -> auto& { return shared.tile[t0 / kTile % (kAhead + 1)]; };
+  auto B_at = [&](int t0) -> auto& { return shared.B[t0 / kTile % 2]; };
   auto stage_states = [&](int t0) {
-    if (t0 < row && states.token < kTile) states.copy(&shared.tile[t0 / kTile % 2].B_raw[states.token][states.part * 8], row - t0);
+    if (t0 < row && states.token < kTile) states.copy(&tile_at(t0).B[states.token][states.part * 8], row - t0);
   };
   auto convert_states = [&](int t0) {
-    auto& tile = shared.tile[t0 / kTile % 2];
     if (t0 >= row || states.token >= kTile) return;
     float f[8];
-    to_floats(f, *reinterpret_cast<const Run<T>*>(&tile.B_raw[states.token][states.part * 8]));
+    to_floats(f, *reinterpret_cast<const Run<T>*>(&tile_at(t0).B[states.token][states.part * 8]));
 #pragma unroll
-    for (int j = 0; j < 8; j++) tile.B[states.part * 8 + j][states.token] = f[j];
+    for (int j = 0; j < 8; j++) B_at(t0)[states.part * 8 + j][states.token] = f[j];
   };
   auto stage = [&](int t0) {
-    auto& to = shared.tile[t0 / kTile % 2];
-    u.stage(to.u, row - t0, channels), delta.stage(to.delta, row - t0, channels);
+    if (t0 < row) u.stage(tile_at(t0).u, row - t0, wanted), delta.stage(tile_at(t0).delta, row - t0, wanted);
     stage_states(t0 + kTile);
     cp_async_commit();
   };
-  auto arrive = [&](int t0) {  // the tile is here, and everyone is done with the tile before
-    cp_async_wait<0>();
+  auto arrive = [&](int t0, bool few = false) {  // the tile is here, and everyone is done with the tile before
+    cp_async_wait<kAhead - 1>();
     __syncthreads();
+    if (few) wanted = shared.wanted[u.c / u.kRun] == t0 ? channels : 0;
     convert_states(t0 + kTile);
-    if (t0 + kTile < row) stage(t0 + kTile);
+    stage(t0 + kAhead * kTile);
   };
   // dt u and R of kAtOnce tokens of a channel; none past the end of the row, where NaN may be.
   auto inputs = [&](const auto& tile, int i, int tokens, int c, float bias, float& behind, float (&du)[kAtOnce], float (&R)[kAtOnce]) {
@@ -109,8 +113,8 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
   };
 
   stage_states(0);
-  stage(0);
-  cp_async_wait<0>();
+  for (int i = 0; i < kAhead; i++) stage(i * kTile);
+  cp_async_wait<kAhead - 1>();
   convert_states(0);  // what this thread has copied itself
   float A[kState], h[kState];
 #pragma unroll
@@ -126,7 +130,7 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
     if (look) {
       mine = 0;
 #pragma unroll
-      for (int n = 0; n < kState; n++) mine |= still_counts(A[n], behind) ? 1u << n : 0;
+      for (int n = 0; n < kState; n++) mine |= still_counts<T>(A[n], behind) ? 1u << n : 0;
       left = __reduce_or_sync(~0u, mine);
       const int count = __reduce_add_sync(~0u, __popc(mine));
       if (lane == 0) shared.count[warp] = count;
@@ -134,18 +138,19 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
     arrive(t0);
     if (look) total = shared.counted(warp).y;
     if (total <= kWidth) break;
-    const auto& tile = shared.tile[t0 / kTile % 2];
+    const auto& tile = tile_at(t0);
+    const auto& B = B_at(t0);
 #pragma unroll 1
     for (int i = 0; i < kTile; i += kAtOnce) {
       float du[kAtOnce], R[kAtOnce];
       inputs(tile, i, active ? row - t0 : 0, thread, bias, behind, du, R);
       if (left == 0xffff) {
 #pragma unroll
-        for (int n = 0; n < kState; n++) add(h[n], A[n], &tile.B[n][i], du, R);
+        for (int n = 0; n < kState; n++) add(h[n], A[n], &B[n][i], du, R);
       } else {
 #pragma unroll
         for (int n = 0; n < kState; n++) {
-          if (left >> n & 1) add(h[n], A[n], &tile.B[n][i], du, R);
+          if (left >> n & 1) add(h[n], A[n], &B[n][i], du, R);
         }
       }
     }
@@ -168,7 +173,7 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
   for (int n = 0; n < kState; n++) {
     if (mine >> n & 1) shared.single[place++] = {A[n], h[n], behind, thread * kState + n};
   }
-  shared.behind[thread] = behind;
+  shared.behind[thread] = behind, shared.wanted[thread] = 0;
   __syncthreads();
   Single own = shared.single[thread];
   int used = total;
@@ -179,13 +184,14 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
     atomicMax(reinterpret_cast<int*>(&shared.behind[own.at / kState]), __float_as_int(own.behind));
   };
   while (true) {
-    const auto& tile = shared.tile[t0 / kTile % 2];
+    const auto& tile = tile_at(t0);
+    const auto& B = B_at(t0);
     if (__any_sync(~0u, alive)) {
 #pragma unroll 1
       for (int i = 0; i < kTile; i += kAtOnce) {
         float du[kAtOnce], R[kAtOnce];
         inputs(tile, i, row - t0, alive ? own.at / kState : 0, own_bias, own.behind, du, R);
-        add(own.h, own.A, &tile.B[alive ? own.at % kState : 0][i], du, R);
+        add(own.h, own.A, &B[alive ? own.at % kState : 0][i], du, R);
       }
     }
     t0 += kTile;
@@ -193,12 +199,13 @@ __global__ void __launch_bounds__(kWidth, 3) piece_states_kernel(const __grid_co
     const bool look = t0 % kLook == 0;
     uint32_t counting = 0;
     if (look) {
-      const bool counts = alive && still_counts(own.A, own.behind);
+      const bool counts = alive && still_counts<T>(own.A, own.behind);
       if (alive && !counts) retire();
       alive = counts, counting = __ballot_sync(~0u, counts);
+      if (alive) atomicMax(&shared.wanted[own.at / kState / u.kRun], t0);
       if (lane == 0) shared.count[warp] = __popc(counting);
     }
-    arrive(t0);
+    arrive(t0, look);
     if (!look) continue;
     const int2 counted = shared.counted(warp);
     if (counted.y == 0) break;

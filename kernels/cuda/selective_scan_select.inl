@@ -16,15 +16,16 @@ constexpr ChainBlock kChainBlocks[] = {
     {16, kLanes4, 2, 7, 2, 4.0, 16.5},   {16, kLanes4, 3, 5, 1, 3.9, 24.0},   {16, kLanes4, 5, 3, 1, 5.2, 38.1},
     {16, kLanes4, 1, 14, 2, 3.9, 9.4},   {16, kLanes4, 1, 8, 2, 3.4, 11.2},   {16, kLanes8, 1, 10, 2, 2.7, 11.2},
     {16, kLanes8, 3, 5, 1, 2.7, 24.4},   {16, kLinked, 3, 4, 1, 4.9, 13.1},   {16, kLinked, 1, 8, 2, 4.5, 6.5},
+    {16, kLanes4, 4, 3, 2, 4.9, 32.4},   {16, kLanes4, 7, 2, 1, 5.3, 57.1},   {16, kLanes2, 4, 3, 1, 4.6, 66.5},
     {16, kLanes2, 1, 8, 2, 3.6, 22.8},
 
     {8, kLanes4, 2, 7, 2, 4.2, 10.7},    {8, kLanes4, 1, 8, 2, 3.5, 7.4},     {8, kLanes4, 3, 4, 2, 4.6, 16.7},
     {8, kLanes4, 4, 3, 2, 4.5, 22.2},    {8, kLanes4, 5, 3, 1, 3.4, 28.3},    {8, kLinked, 3, 4, 1, 4.0, 10.3},
-    {8, kLanes4, 2, 5, 2, 4.0, 12.6},
+    {8, kLanes4, 7, 2, 1, 5.2, 36.9},    {8, kLanes4, 2, 5, 2, 4.0, 12.6},
 
     {32, kLanes8, 3, 4, 2, 4.3, 31.2},   {32, kLanes8, 1, 10, 2, 3.0, 18.2}, {32, kLanes8, 2, 7, 2, 4.3, 22.5},
     {32, kLanes4, 2, 7, 2, 5.5, 28.8},   {32, kLanes4, 3, 5, 1, 5.6, 41.7},   {32, kLanes4, 5, 3, 1, 7.6, 66.8},
-    {32, kLanes8, 1, 6, 1, 2.7, 27.4},
+    {32, kLanes4, 4, 3, 2, 6.3, 55.0},   {32, kLanes8, 1, 6, 1, 2.7, 27.4},
 
     {64, kLanes8, 3, 4, 2, 5.5, 50.1},   {64, kLanes8, 2, 7, 2, 4.2, 35.6},   {64, kLanes8, 1, 10, 2, 4.1, 29.3},
     {64, kLanes4, 2, 6, 2, 7.6, 55.6},   {64, kLanes8, 5, 3, 1, 5.4, 72.5},   {64, kLanes4, 3, 4, 2, 7.2, 80.2},
@@ -64,12 +65,12 @@ double in_turn_us(const Params& p, int places, int pieces) {
          (blocks < places ? 2.2 : 3.6) * pieces * blocks / running;
 }
 
-// How many tokens the first pass looks back at depends on the data: about 1,500 in full, a few states further. Where a piece is
-// shorter, all pieces before it count.
+// How many tokens the first pass looks back at depends on the data: here 1,125 in full (float32: 1,500), a few states further.
+// Where a piece is shorter, all pieces before it count. The first pass has places for three blocks of a multiprocessor.
 double side_by_side_us(const Params& p, int blocks, int pieces) {
-  const double tokens = double(p.seqlen) / pieces, seen = std::min(1.0, 1500 / tokens);
-  const double second = 1e-3 * tokens * (blocks > 4 ? apart_ns(3) / 3 * blocks : together_ns(blocks));
-  return (blocks > 4 ? 75 : 5) + 0.5 * pieces * seen + second * (1.25 + 0.7 * seen);
+  const double tokens = double(p.seqlen) / pieces, seen = std::min(1.0, (p.dtype == MAMBA_F32 ? 1500 : 1125) / tokens);
+  const double token_ns = blocks > 4 ? 95 * blocks : blocks == 4 ? 405 : together_ns(blocks);
+  return 5 + 0.4 * pieces * seen + 1e-3 * token_ns * tokens * (1.14 + 0.68 * seen);
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {
@@ -102,8 +103,8 @@ double generic_us(const Params& p, int pieces) {
 
 // The tactics that cover the shape, fastest first.
 struct Candidates {
-  Tactic tactic[32];
-  double us[32];
+  Tactic tactic[40];
+  double us[40];
   int count = 0;
 
   explicit Candidates(const Params& p) {

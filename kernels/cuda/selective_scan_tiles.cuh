@@ -1,6 +1,8 @@
 // selective_scan, tactic "channel": what of a row a block has, and the tiles it moves.
 #pragma once
 
+#include <type_traits>
+
 #include "selective_scan.cuh"
 
 namespace mamba::scan {
@@ -8,9 +10,12 @@ namespace mamba::scan {
 constexpr int kWidth = kChannelWidth;
 constexpr int kTile = 16;   // tokens
 constexpr int kAtOnce = 8;  // tokens whose elementwise work a thread does together, so that it waits for no result
-constexpr float kNegligible = -64.0f;  // log2 of a decay behind which a state does not count: float32 has 24 bits
+// log2 of a decay behind which a state does not count: the bits of the type, and 40 more for what lies before being larger.
+template <typename T> constexpr int kNegligible = -40 - (sizeof(T) == 4 ? 24 : std::is_same_v<T, __half> ? 11 : 8);
 
-__device__ __forceinline__ bool still_counts(float A, float dt) { return !(A * dt < kNegligible); }  // A in log2 units
+template <typename T> __device__ __forceinline__ bool still_counts(float A, float dt) {  // A in log2 units
+  return !(A * dt < float(kNegligible<T>));
+}
 
 // Where the first pass leaves a copy of the initial state, which the last piece of the second may overwrite while others
 // still start: in the place of the last piece's end, which nobody needs.
@@ -24,7 +29,7 @@ template <typename T, typename Visit>
 __device__ __forceinline__ void walk_back(const Args<T>& p, int d_state, int b, int piece, int c, float slowest, Visit visit) {
   float behind = 0.0f;
   int j = piece - 1;
-  for (; j >= 0 && (!p.softplus || still_counts(slowest, behind)); j--) {
+  for (; j >= 0 && (!p.softplus || still_counts<T>(slowest, behind)); j--) {
     const int64_t from = (int64_t(b) * p.pieces + j) * p.dim + c;
     visit(p.piece_state + from * d_state, behind);
     behind += p.piece_dt[from];
