@@ -110,7 +110,7 @@ template <typename T, typename L> struct Copier {
       copy_activations(slot, t0);
       mbarrier_arrive_copies(full);
     } else if (lane == 0) {
-      mbarrier_expect(full, (args.z ? 3 : 2) * ceil_div(channels, L::kWidth) * kAct * int(sizeof(T)));
+      mbarrier_expect(full, (args.z ? 3 : 2) * channels / L::kWidth * kAct * int(sizeof(T)));
       load_boxes(boxes.delta, slot, 1, t0, full);
       load_boxes(boxes.u, slot, 0, t0, full);
       if (args.z && !again) load_boxes(boxes.z, slot, 2, t0, full);
@@ -122,9 +122,8 @@ template <typename T, typename L> struct Copier {
     if (args.z) load_boxes(boxes.z, slot, 2, t0, full);
   }
   __device__ __forceinline__ void write_y(T* slot, int t0) const {
-    if (!engine(boxes) || t0 + L::kSpan > n || channels % L::kWidth > 0) {
+    if (!engine(boxes) || t0 + L::kSpan > n) {
       copy_y(slot, t0);
-      __syncwarp();  // lane 0 has the slot overwritten
     } else if (lane == 0) {
       fence_async_proxy();
       each_box(slot, 2, [&](uint32_t from, int c) { store_box(boxes.y, from, c, t0, b); });

@@ -14,7 +14,7 @@ constexpr int kLanes2 = Tactic::kChain, kLanes4 = Tactic::kChain4, kLanes8 = Tac
 constexpr ChainBlock kChainBlocks[] = {
     {16, kLanes2, 1, 14, 2, 5.0, 17.8},  {16, kLanes2, 2, 7, 2, 5.6, 33.5},   {16, kLanes2, 3, 5, 1, 6.3, 45.9},
     {16, kLanes4, 2, 7, 2, 4.0, 16.5},   {16, kLanes4, 3, 5, 1, 3.9, 24.0},   {16, kLanes4, 5, 3, 1, 5.2, 38.1},
-    {16, kLanes4, 1, 14, 2, 3.9, 9.4},   {16, kLanes4, 1, 8, 2, 3.4, 11.2},   {16, kLanes8, 1, 10, 2, 2.7, 11.2},
+    {16, kLanes4, 1, 14, 2, 3.6, 9.9},   {16, kLanes4, 1, 8, 2, 3.4, 11.2},   {16, kLanes8, 1, 10, 2, 2.7, 11.2},
     {16, kLanes8, 3, 5, 1, 2.7, 24.4},   {16, kLinked, 3, 4, 1, 4.9, 13.1},   {16, kLinked, 1, 8, 2, 4.5, 6.5},
     {16, kLanes4, 4, 3, 2, 4.9, 32.4},   {16, kLanes4, 7, 2, 1, 5.3, 57.1},   {16, kLanes2, 4, 3, 1, 4.6, 66.5},
     {16, kLanes2, 1, 8, 2, 3.6, 22.8},
@@ -70,7 +70,8 @@ double in_turn_us(const Params& p, int places, int pieces) {
 double side_by_side_us(const Params& p, int blocks, int pieces) {
   const double tokens = double(p.seqlen) / pieces, seen = std::min(1.0, (p.dtype == MAMBA_F32 ? 1500 : 1125) / tokens);
   const double token_ns = blocks > 4 ? 95 * blocks : blocks == 4 ? 405 : together_ns(blocks);
-  return 5 + 0.4 * pieces * seen + 1e-3 * token_ns * tokens * (1.14 + 0.68 * seen);
+  const double passes = blocks == 2 ? 1.23 + 0.58 * seen : 1.14 + 0.68 * seen;
+  return 25 + 0.2 * pieces * seen + 1e-3 * token_ns * tokens * passes;
 }
 
 double chain_us(const Params& p, const ChainBlock& b) {
