@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["channel_tactic", "selective_scan", "selective_scan_tactics"]
+__all__ = ["chain_tactic", "channel_tactic", "selective_scan", "selective_scan_tactics"]
 
 PARAMS = params_struct(
     "SelectiveScanParams",
@@ -128,6 +128,15 @@ def selective_scan_tactics(
     """The tactics that cover these inputs, the selector's choice first."""
     params = _params(u, delta, A, B, C, None, None, None, z, None, True, False, u, None, -1)
     return tactics("selective_scan", params)
+
+
+def chain_tactic(lanes: int, groups: int, warps: int, copiers: int) -> int:
+    """The tactic chain (struct Tactic in cuda/selective_scan.cuh), for tests and benchmarks.
+
+    ``lanes`` of a channel are 2, 4 or 8; a block has ``groups`` of 32 / lanes channels with so many scanning ``warps``
+    each, and ``copiers``, warps that copy.
+    """
+    return {2: 2, 4: 3, 8: 4}[lanes] | groups << 4 | warps << 12 | copiers << 17 | 1 << 20
 
 
 def channel_tactic(pieces: int = 1, places: int = 0) -> int:

@@ -21,7 +21,7 @@ from . import ssd_scan as ssd_scan_bench
 Shape = tuple[int, int, int]
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "ssd_scan": ((1, 80, 8192), (8, 80, 2048), (1, 80, 2048), (1, 24, 2048)),
-    "selective_scan": ((8, 5120, 2048), (1, 5120, 2048), (1, 1536, 65536), (1, 1536, 512)),
+    "selective_scan": ((8, 5120, 2048), (1, 5120, 2048), (1, 1536, 65536), (1, 1536, 512), (8, 1536, 512)),
 }
 IN_A_ROW = 8
 

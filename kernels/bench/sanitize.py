@@ -20,7 +20,13 @@ def cases(op: str) -> Iterator[str]:
     import torch
 
     from kernels.causal_conv1d import causal_conv1d
-    from kernels.selective_scan import channel_tactic, generic_tactic, selective_scan, selective_scan_tactics
+    from kernels.selective_scan import (
+        chain_tactic,
+        channel_tactic,
+        generic_tactic,
+        selective_scan,
+        selective_scan_tactics,
+    )
     from kernels.selective_state_update import selective_state_update
     from kernels.ssd_scan import ssd_scan, ssd_scan_tactics
     from kernels.ssd_state_update import ssd_state_update, ssd_state_update_tactics
@@ -66,6 +72,13 @@ def cases(op: str) -> Iterator[str]:
                 for tactic in [*selective_scan_tactics(u, delta, A, B, C, z), *in_pieces]:
                     selective_scan(u, delta, A, B, C, D, bias, state, z, rows, tactic=tactic)
             yield f"{dim} channels, {d_state} states, {dtype}"
+        if not update:  # blocks that take several lots of channels
+            u, delta, z = (normal(20, 70, 320) for _ in range(3))
+            B, C = (normal(20, 70, 1, 16) for _ in range(2))
+            A, state = -torch.rand(320, 16, device="cuda"), normal(20, 320, 16, dtype=f32)
+            for tactic in (chain_tactic(4, 5, 3, 1), chain_tactic(2, 3, 5, 1)):
+                selective_scan(u, delta, A, B, C, None, None, state, z, tactic=tactic)
+            yield "320 channels of 20 rows"
     else:
         update = op == "ssd_state_update"
         for nheads, headdim, d_state, dtype in (

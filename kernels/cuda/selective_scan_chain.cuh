@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
   [[maybe_unused]] uint64_t* arrived = done + 16;                                // [K][kHands], the inboxes behind
   [[maybe_unused]] float2* inboxes = reinterpret_cast<float2*>(arrived + K * kHands);
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all_warps = warps + copiers;
+  const int warp = L::kUniformScan ? __shfl_sync(~0u, threadIdx.x / 32, 0) : threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, all_warps = warps + copiers;
   if (lane == 0) {  // of every warp: the lanes of one would do it one after the other, 0.4 us more
     for (int i = warp; i < K * W * kHands; i += all_warps) mbarrier_init(&ready[i], 32);
     for (int i = warp; i < N; i += all_warps) {
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
     }
   } else {
     const Copier<T, L> copier(p, boxes, b, group, c0, channels, n);
-    int slot = warp - warps, lap = 0;
+    int slot = L::kUniformCopy ? __shfl_sync(~0u, warp - warps, 0) : warp - warps, lap = 0;
     // Whoever fills a slot again writes y out of it.
     for (int span = slot; span < spans + N; span += copiers) {
       const bool fills = span < spans, again = span >= N;

@@ -1,7 +1,8 @@
 // selective_scan, tactic "chain": the copying warps, which fill slots and write y.
 //
-// From Hopper on the copy engine moves the activations, a group of channels at a time in boxes of a slot's tokens: rows of 16
-// bytes, moved by a warp's own loads and stores, hold up the scanning warps' in the one queue of the multiprocessor.
+// From Hopper on the copy engine moves the activations, in boxes of a slot's tokens: rows of 16 bytes, moved by a warp's own loads and
+// stores, hold up the scanning warps' in the one queue of the multiprocessor. What a copying warp does for a slot counts: with few
+// channels to a block the scanning ones wait for it.
 #pragma once
 
 #include "selective_scan_chain_layout.cuh"
@@ -9,10 +10,10 @@
 
 namespace mamba::scan {
 
-// The activations as boxes of kSpan tokens x kWidth channels.
+// The activations as boxes of kSpan tokens x kWidth channels; linked, of the groups of a block: [group][token][kWidth].
 struct Boxes {
   CUtensorMap u, delta, z, y;
-  int there;  // or else a copying warp moves them itself
+  int groups;  // of a box; 0: a copying warp moves them itself
 };
 
 template <int kBytes> __device__ __forceinline__ void cp_async_at(uint32_t dst, const void* src) {
@@ -31,7 +32,6 @@ __device__ __forceinline__ void mbarrier_arrive_copies(uint64_t* bar) {
 // one column of them and every `rows`-th token.
 template <typename T, typename L> struct Copier {
   static constexpr int kRun = L::kRun;
-  static constexpr int kAct = L::kActivation;
   static constexpr int kRunBytes = kRun * sizeof(T), kBytes = kRunBytes < 16 ? kRunBytes : 16;  // of one access
 
   // A tensor: its element at token 0 and this thread's column; elements from token to token (time order).
@@ -47,7 +47,13 @@ template <typename T, typename L> struct Copier {
   Column u, delta, z, y, B, C;
 
   __device__ __forceinline__ Copier(const Args<T>& p, const Boxes& boxes, int b, int group, int c0, int channels, int n)
-      : args(p), boxes(boxes), lane(threadIdx.x % 32), b(b), c0(c0), channels(channels), n(n) {
+      : args(p), boxes(boxes), lane(threadIdx.x % 32), n(n) {
+    turn_to(b, group, c0, channels);
+  }
+  // Some channels of a row.
+  __device__ __forceinline__ void turn_to(int row, int group, int first_channel, int count) {
+    const Args<T>& p = args;
+    b = row, c0 = first_channel, channels = count;
     const int columns = channels / kRun, column = lane % columns;
     rows = 32 / columns;
     token0 = lane < rows * columns ? lane / columns : 1 << 30;  // the last few lanes have no column
@@ -73,14 +79,14 @@ template <typename T, typename L> struct Copier {
       for (int i = 0; i < kRunBytes / kBytes; i++) {
         constexpr int kElements = kBytes / sizeof(T);
         cp_async_at<kBytes>(to + i * kBytes, pu + i * kElements);
-        cp_async_at<kBytes>(to + kAct * sizeof(T) + i * kBytes, pd + i * kElements);
-        if (has_z) cp_async_at<kBytes>(to + 2 * kAct * sizeof(T) + i * kBytes, pz + i * kElements);
+        cp_async_at<kBytes>(to + L::kTensor * sizeof(T) + i * kBytes, pd + i * kElements);
+        if (has_z) cp_async_at<kBytes>(to + 2 * L::kTensor * sizeof(T) + i * kBytes, pz + i * kElements);
       }
       pu += rows * u.token, pd += rows * delta.token, pz += rows * z.token;
     }
   }
   __device__ __forceinline__ void copy_y(const T* slot, int t0) const {
-    const T* from = slot + place + 2 * kAct;
+    const T* from = slot + place + 2 * L::kTensor;
     const unsigned count = min(L::kSpan, n - t0);
     T* to = y.at(t0 + token0);
     for (unsigned t = token0; t < count; t += rows) {
@@ -89,44 +95,56 @@ template <typename T, typename L> struct Copier {
     }
   }
 
-  static __device__ __forceinline__ bool engine(const Boxes& boxes) { return L::kBoxes && boxes.there; }
-  // At the barrier of a filled slot: of every lane for B and C; of every lane for activations, or that of lane 0 which expects them.
+  static __device__ __forceinline__ bool engine(const Boxes& boxes) { return L::kBoxes && boxes.groups > 0; }
+  // At the barrier of a filled slot: of every lane for B and C; of every lane for activations, or that of the lane which expects them.
   static __device__ __forceinline__ int arrivals(const Boxes& boxes) { return 32 + (engine(boxes) ? 1 : 32); }
 
   static __device__ __forceinline__ void prefetch(const Boxes& boxes) {
     if (engine(boxes)) prefetch_map(boxes.u), prefetch_map(boxes.delta), prefetch_map(boxes.z), prefetch_map(boxes.y);
   }
 
-  // A tensor's boxes of every group; `of`: 0 u, 1 delta, 2 z or y.
+  // A tensor's boxes; `of`: 0 u, 1 delta, 2 z or y.
   template <typename F> __device__ __forceinline__ void each_box(T* slot, int of, F&& f) const {
-    for (int c = 0; c < channels; c += L::kWidth) f(smem_address(slot + c / L::kWidth * L::kGroup + of * kAct), c0 + c);
+    for (int c = 0; c < channels; c += L::kWidth) f(smem_address(slot + c / L::kWidth * L::kGroup + of * L::kTensor), c0 + c);
   }
   __device__ __forceinline__ void load_boxes(const CUtensorMap& map, T* slot, int of, int t0, uint64_t* full) const {
-    each_box(slot, of, [&](uint32_t to, int c) { load_box(to, map, c, t0, b, full); });
+    if constexpr (L::kLinked) {
+      load_box_of_part(smem_address(slot + of * L::kTensor), map, 0, t0, c0 / L::kWidth, b, full);
+    } else {
+      each_box(slot, of, [&](uint32_t to, int c) { load_box(to, map, c, t0, b, full); });
+    }
+  }
+  __device__ __forceinline__ void store_boxes(T* slot, int t0) const {
+    if constexpr (L::kLinked) {
+      store_box_of_part(boxes.y, smem_address(slot + 2 * L::kTensor), 0, t0, c0 / L::kWidth, b);
+    } else {
+      each_box(slot, 2, [&](uint32_t from, int c) { store_box(boxes.y, from, c, t0, b); });
+    }
   }
   // All but z if the slot is filled `again`: y may be on its way out of z's place.
   __device__ __forceinline__ void fill_activations(T* slot, int t0, uint64_t* full, bool again) const {
     if (!engine(boxes)) {
       copy_activations(slot, t0);
       mbarrier_arrive_copies(full);
-    } else if (lane == 0) {
-      mbarrier_expect(full, (args.z ? 3 : 2) * channels / L::kWidth * kAct * int(sizeof(T)));
+    } else if (elected()) {
+      const int tensors = args.z ? 3 : 2, groups = L::kLinked ? tensors * boxes.groups : tensors * channels / L::kWidth;
+      mbarrier_expect(full, groups * L::kActivation * int(sizeof(T)));
       load_boxes(boxes.delta, slot, 1, t0, full);
       load_boxes(boxes.u, slot, 0, t0, full);
       if (args.z && !again) load_boxes(boxes.z, slot, 2, t0, full);
     }
   }
   __device__ __forceinline__ void fill_gates(T* slot, int t0, uint64_t* full) const {
-    if (!engine(boxes) || lane > 0) return;
+    if (!engine(boxes) || !elected()) return;
     bulk_wait_read();
     if (args.z) load_boxes(boxes.z, slot, 2, t0, full);
   }
   __device__ __forceinline__ void write_y(T* slot, int t0) const {
     if (!engine(boxes) || t0 + L::kSpan > n) {
       copy_y(slot, t0);
-    } else if (lane == 0) {
+    } else if (elected()) {
       fence_async_proxy();
-      each_box(slot, 2, [&](uint32_t from, int c) { store_box(boxes.y, from, c, t0, b); });
+      store_boxes(slot, t0);
       bulk_commit();
     }
   }

@@ -16,6 +16,9 @@ constexpr int chain_tiles(int states) { return states <= 32 ? 4 : states == 64 ?
 template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirst = false> struct Chain {
   static constexpr int kLanesOfChannel = kLanes, kAllStates = kN, kLinked = kWarps, kBlocks = kLinked ? 2 : 1;
   static constexpr bool kEarly = kEndFirst;
+  // Whether the compiler is told that the numbers of scanning and of copying warps are uniform, as was measured: addresses are then
+  // computed once a warp. With more than two lanes a channel it moves work behind the scanning warps' waits.
+  static constexpr bool kUniformScan = kLanes == 2, kUniformCopy = kLanes < 8 || kN == kState;
   // Of a block. With 12 a lane may have 168 registers instead of 128; bounds of 14 give code 1 % faster than of 16.
   static constexpr int kMostWarps = kLinked == 4 ? 14 : kLinked == 8 ? 12 : kChainWarps;
   static constexpr int kWidth = 32 / kLanes, kTokens = 16;                             // channels of a group, tokens of a tile
@@ -26,10 +29,13 @@ template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirs
   static constexpr bool kOneA = kN > kState;     // a copy of A for a group, not for each of its warps
   static constexpr int kOwn = kTokens / kLanes;  // tokens of a tile that a lane makes dt of and finishes
   // A slot: of every group u, delta, z, [token][kWidth] each (the copy engine moves them if a token is 16 bytes at least; if not,
-  // groups are a token apart, so that the copies of a token's groups go to different banks); then B and C as float32,
+  // groups are a token apart, so that the copies of a token's groups go to different banks), or, linked, u of all groups, then delta,
+  // then z, so that one box has a tensor: the copying warp has less time for a slot there; then B and C as float32,
   // [2 * kN][place / 4 of a tile][tile][4], from a multiple of 16 bytes on. The pad: lanes with different states read different banks.
   static constexpr bool kBoxes = kWidth * sizeof(T) >= 16;
-  static constexpr int kActivation = kSpan * kWidth, kGroup = 3 * kActivation + (kBoxes ? 0 : kWidth);
+  static constexpr int kActivation = kSpan * kWidth, kMostGroups = kLinked ? 3 : kChainWarps;
+  static constexpr int kTensor = kLinked ? kMostGroups * kActivation : kActivation;  // from u to delta, from delta to z
+  static constexpr int kGroup = kLinked ? kActivation : 3 * kActivation + (kBoxes ? 0 : kWidth);
   static_assert(!kBoxes || kActivation * sizeof(T) % 128 == 0, "a box lies at a multiple of 128 bytes");
   static constexpr int kPad = 4, kRow = kSpan, kStep = kTiles * 4;
   static constexpr __host__ __device__ int row(int state) { return state * kRow + state / kStates * kPad; }  // C: from kN on
@@ -67,7 +73,10 @@ template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirs
   }
 
   static __device__ __forceinline__ int d_state(const Args<T>& p) { return kN == kState ? kState : p.d_state; }
-  static __host__ __device__ int activations(int K) { return kBoxes ? K * kGroup : ceil_div(K * kGroup, 8) * 8; }
+  static __host__ __device__ int activations(int K) {
+    if (kLinked) return 3 * kTensor;
+    return kBoxes ? K * kGroup : ceil_div(K * kGroup, 8) * 8;
+  }
   static __host__ __device__ int slot_bytes(int K) {
     const unsigned bytes = activations(K) * sizeof(T) + (row(2 * kN) + K * kLinked * kHanded) * sizeof(float);
     return (bytes + 127) & ~127u;  // boxes lie at multiples of 128
@@ -77,8 +86,16 @@ template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirs
     const int inboxes = kLinked ? K * int(sizeof(float) * kHanded + sizeof(uint64_t) * kHands) : 0;
     return int(sizeof(float) * record_floats(K, W) + sizeof(uint64_t) * (K * W * kHands + 32)) + inboxes;
   }
-  // With fewer a barrier could be a phase behind.
-  static int least_slots(const Tactic& t) { return ceil_div(t.warps, kTiles) + t.copiers; }
+  // Whether a launch of so many lots of channels has blocks that take several (selective_scan_chain_lots.cuh).
+  static constexpr bool kLots = kN == kState && kLanes <= 4 && !kLinked && !kEarly;
+  static bool in_lots(const Tactic& t, int lots, int seqlen, bool ragged) {
+    return kLots && lots > sm_count() && !ragged && ceil_div(seqlen, kTokens) >= t.warps && slots(t) >= least_slots(t, true);
+  }
+  // With fewer a barrier could be a phase behind: a copying warp waits for slots in order, but all that the end of one says of those before
+  // is that no warp of a group is at more than its last tile. With several lots a slot may be the end of a row, of a single tile.
+  static int least_slots(const Tactic& t, bool several = false) {
+    return (several ? ceil_div(t.warps - 1, kTiles) + 1 : ceil_div(t.warps, kTiles)) + t.copiers;
+  }
   // Slots that fit beside the rest; negative or 0 if not even that does.
   static int slots(const Tactic& t) {
     return std::min(16, (int(max_shared_bytes()) - fixed_bytes(t.groups, t.warps)) / slot_bytes(t.groups));

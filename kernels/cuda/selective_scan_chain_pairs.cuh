@@ -42,7 +42,7 @@ __device__ __forceinline__ void make_steps(const PairLane<L>& lane, const T* own
   float d[kOwn], x[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; i++) {
-    d[i] = to_float(own[L::kActivation + i * kStep]) + lane.bias;
+    d[i] = to_float(own[L::kTensor + i * kStep]) + lane.bias;
     x[i] = to_float(own[i * kStep]);
   }
   if (lane.use_softplus) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ void finish_tokens(const PairLane<L>& lane, T* own, c
     float* to = lane.sums_out + t / kTurn * L::kBlock + t % kTurn;
     *reinterpret_cast<float4*>(to) = make_float4(y[t], y[t + 1], y[t + 2], y[t + 3]);
   }
-  T* out = own + 2 * L::kActivation;
+  T* out = own + 2 * L::kTensor;
   float sum[kOwn], gate[kOwn];
 #pragma unroll
   for (int i = 0; i < kOwn; i++) sum[i] = lane.D * to_float(own[i * kStep]), gate[i] = 1.0f;

@@ -11,7 +11,7 @@ template <typename T, typename L>
 __device__ __forceinline__ void chain_tile(T* acts, const float* bc, const float* A, float* carry_in, float* carry_out,
                                            uint64_t* in_ready, uint64_t* out_ready, int parity, int valid, float bias,
                                            float D, bool use_softplus, bool has_z) {
-  constexpr int G = L::kWidth, kAct = L::kActivation, kRow = L::kRow, kStep = L::kStep, kToC = L::kToC;
+  constexpr int G = L::kWidth, kAct = L::kTensor, kRow = L::kRow, kStep = L::kStep, kToC = L::kToC;
   const bool odd = threadIdx.x & 16;  // this half of the warp finishes the odd tokens, the other the even ones
   float dt[16], du[16], y[16], d[8], x[8];
   T* own = acts + (odd ? G : 0);

@@ -195,10 +195,7 @@ __device__ __forceinline__ void split_tile(uint32_t dst, int low_at, const float
 template <bool kPadded>
 __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap& map, int col, int part, int token, int batch, uint64_t* bar) {
   if constexpr (kPadded)
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(dst),
-        "l"(&map), "r"(col), "r"(token), "r"(part), "r"(batch), "r"(smem_address(bar))
-        : "memory");
+    load_box_of_part(dst, map, col, token, part, batch, bar);
   else
     load_box(dst, map, col, token, batch, bar);
 }
@@ -207,9 +204,7 @@ __device__ __forceinline__ void tensor_load(uint32_t dst, const CUtensorMap& map
 template <bool kPadded>
 __device__ __forceinline__ void tensor_store(const CUtensorMap& map, uint32_t src, int col, int part, int token, int batch) {
   if constexpr (kPadded)
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(col),
-                 "r"(token), "r"(part), "r"(batch), "r"(src)
-                 : "memory");
+    store_box_of_part(map, src, col, token, part, batch);
   else
     store_box(map, src, col, token, batch);
 }

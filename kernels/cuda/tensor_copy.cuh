@@ -14,6 +14,15 @@ __device__ __forceinline__ void fence_async_proxy() {
 #endif
 }
 
+// True for one lane of a warp, always the same. Not `lane == 0`, behind which the compiler puts every copy into a loop over the lanes.
+__device__ __forceinline__ bool elected() {
+  uint32_t is = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(is));
+#endif
+  return is;
+}
+
 // Brings the description of a tensor near.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
 #if __CUDA_ARCH__ >= 900
@@ -30,11 +39,28 @@ __device__ __forceinline__ void load_box(uint32_t dst, const CUtensorMap& map, i
 #endif
 }
 
+// Of tensors of four dimensions.
+__device__ __forceinline__ void load_box_of_part(uint32_t dst, const CUtensorMap& map, int column, int token, int part, int batch,
+                                                 uint64_t* bar) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(dst),
+               "l"(&map), "r"(column), "r"(token), "r"(part), "r"(batch), "r"(smem_address(bar))
+               : "memory");
+#endif
+}
+
 // A box out of shared memory, in this thread's bulk group; what lies past the end of the tensor is not written.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, uint32_t src, int column, int token, int batch) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(column), "r"(token),
                "r"(batch), "r"(src)
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void store_box_of_part(const CUtensorMap& map, uint32_t src, int column, int token, int part, int batch) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map), "r"(column), "r"(token),
+               "r"(part), "r"(batch), "r"(src)
                : "memory");
 #endif
 }

@@ -11,7 +11,12 @@ F = torch.nn.functional
 
 from kernels.bench.repeat import repeat, tactics_of  # noqa: E402
 from kernels.library import KernelError  # noqa: E402
-from kernels.selective_scan import channel_tactic, selective_scan, selective_scan_tactics  # noqa: E402
+from kernels.selective_scan import (  # noqa: E402
+    chain_tactic,
+    channel_tactic,
+    selective_scan,
+    selective_scan_tactics,
+)
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
@@ -129,6 +134,22 @@ def test_matches_float64(shape: tuple[int, ...], dtype: Any) -> None:
             assert error(h, final) < 1e-5, (mode, hex(tactic))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("block", [(2, 1, 5, 2), (2, 3, 5, 1), (4, 2, 7, 2), (4, 5, 3, 1), (4, 7, 2, 1)], ids=str)
+@pytest.mark.parametrize(("seqlen", "groups", "gate"), [(113, 1, True), (192, 2, False), (320, 1, True)], ids=str)
+def test_blocks_that_take_several_lots(
+    block: tuple[int, ...], dtype: Any, seqlen: int, groups: int, gate: bool
+) -> None:
+    """More groups of channels than the device has places for."""
+    inputs = make((9, seqlen, 1840, 16, groups), dtype, seqlen)
+    inputs["z"] = inputs["z"] if gate else None
+    y, final = run(inputs, tactic=chain_tactic(*block))
+    expected, expected_final = reference(**inputs, seq_lens=None, reverse=False)
+    assert error(y, expected) < TOLERANCE[dtype] and error(final, expected_final) < 1e-5
+    again, final_again = run(inputs, tactic=chain_tactic(*block))
+    assert torch.equal(again, y) and torch.equal(final_again, final)
+
+
 def test_slices_of_wider_projections_need_no_copy() -> None:
     inputs = make((2, 90, 64, 16, 1), torch.bfloat16, seed=5)
     expected, final = reference(**inputs, seq_lens=None, reverse=False)
@@ -195,7 +216,7 @@ def test_bitwise_reproducible() -> None:
             assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]), hex(tactic)
 
 
-@pytest.mark.parametrize("shape", [(8, 5120, 2048), (1, 5120, 1024), (1, 1536, 65536)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 5120, 2048), (1, 5120, 1024), (1, 1536, 65536), (8, 1536, 512)], ids=str)
 def test_the_same_bits_every_time_at_full_size(shape: tuple[int, int, int]) -> None:
     """Hand-overs between warps and blocks: a race shows only where they overlap as they do in use."""
     for tactic in tactics_of("selective_scan", shape):

@@ -35,9 +35,12 @@ BODIES = {
     },
     "tensor_copy.cuh": {
         "fence_async_proxy": "",
+        "elected": "return emulation::lane == 0;",
         "prefetch_map": "",
-        "load_box": "emulated_load_box(dst, map, column, token, batch, bar);",
-        "store_box": "emulated_store_box(map, src, column, token, batch);",
+        "load_box": "emulated_load_box(dst, map, 0, token, column / map.columns, batch, bar);",
+        "store_box": "emulated_store_box(map, src, 0, token, column / map.columns, batch);",
+        "load_box_of_part": "emulated_load_box(dst, map, column, token, part, batch, bar);",
+        "store_box_of_part": "emulated_store_box(map, src, column, token, part, batch);",
         "bulk_commit": "",
         "bulk_wait_read": "",
     },
@@ -75,9 +78,9 @@ def build(folder: Path, *options: str) -> Path:
             shutil.copy(file, sources)
     for name, bodies in BODIES.items():
         (sources / name).write_text(with_bodies((sources / name).read_text(), bodies))
-    kernel = sources / "selective_scan_chain.cuh"
     of_block = "char* shared = emulation::memory[emulation::rank];"
-    kernel.write_text(re.sub(r"extern __shared__ .* char shared\[\];", of_block, kernel.read_text()))
+    for kernel in (sources / "selective_scan_chain.cuh", sources / "selective_scan_chain_lots.cuh"):
+        kernel.write_text(re.sub(r"extern __shared__ .* char shared\[\];", of_block, kernel.read_text()))
     command = ["g++", "-std=c++20", "-DEMULATION_SHUFFLES=true", *options, "-pthread", "-fno-strict-aliasing"]
     command += ["-I", str(sources), "-I", str(sources / "include")]
     command += [str(sources / "chain.cpp"), "-o", str(folder / "chain")]

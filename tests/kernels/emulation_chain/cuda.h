@@ -1,4 +1,5 @@
-// Tensors as the copy engine knows them: [batch, tokens, columns], moved in boxes of so many tokens and columns.
+// Tensors as the copy engine knows them: [batch, groups, tokens, columns of a group], moved in boxes of so many groups and tokens.
+// Where a box has one group, its first column says which.
 #pragma once
 
 #include <cstdint>
@@ -6,5 +7,5 @@
 struct CUtensorMap {
   char* at;
   int64_t token_bytes, batch_bytes;
-  int tokens, columns, box_tokens, box_columns, element;
+  int tokens, groups, box_tokens, box_groups, columns, element;
 };

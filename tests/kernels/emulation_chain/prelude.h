@@ -17,6 +17,7 @@
 #define __shared__
 #define __align__(n)
 #define blockDim emulation::block_size
+#define gridDim emulation::grid_size
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 constexpr int cudaSharedmemCarveoutMaxShared = 100;
@@ -26,7 +27,7 @@ template <typename F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int
 
 namespace emulation {
 constexpr int kShared = 232448, kBlocks = 2;  // bytes of a block; blocks of a cluster, at most
-inline thread_local dim3 block_size;
+inline thread_local dim3 block_size, grid_size;
 inline thread_local std::barrier<>* whole_block;
 inline std::barrier<>* whole_cluster;
 inline thread_local int rank;  // of the block in its cluster
@@ -57,23 +58,28 @@ inline void emulated_wait(uint64_t* barrier, int parity) {
   while (int(word_of(barrier).load() >> 63) == parity) sched_yield();
 }
 inline char* emulated_shared(uint32_t at) { return &emulation::memory[0][0] + at; }
-template <typename F> void for_each_run(const CUtensorMap& map, char* box, int column, int token, int batch, F&& f) {
-  const int columns = std::max(0, std::min(map.box_columns, map.columns - column));
-  for (int t = 0; t < map.box_tokens; t++, box += map.box_columns * map.element) {
-    f(box, map.at + batch * map.batch_bytes + (token + t) * map.token_bytes + column * map.element, token + t < map.tokens ? columns : 0);
+// f(in the box, in the tensor, whether the tensor has it) for the columns of each token.
+template <typename F> void for_each_run(const CUtensorMap& map, char* box, int token, int group, int batch, F&& f) {
+  const int bytes = map.columns * map.element;
+  for (int g = group; g < group + map.box_groups; g++) {
+    for (int t = token; t < token + map.box_tokens; t++, box += bytes) {
+      f(box, map.at + batch * map.batch_bytes + t * map.token_bytes + int64_t(g) * bytes, bytes, t < map.tokens && g < map.groups);
+    }
   }
 }
-inline void emulated_load_box(uint32_t dst, const CUtensorMap& map, int column, int token, int batch, uint64_t* barrier) {
-  if (dst % 128 != 0) std::abort();
-  for_each_run(map, emulated_shared(dst), column, token, batch, [&](char* to, const char* from, int columns) {
-    std::memset(to, 0, map.box_columns * map.element);
-    std::memcpy(to, from, columns * map.element);
+inline void emulated_load_box(uint32_t dst, const CUtensorMap& map, int column, int token, int group, int batch, uint64_t* barrier) {
+  if (dst % 128 != 0 || column != 0) std::abort();
+  for_each_run(map, emulated_shared(dst), token, group, batch, [](char* to, const char* from, int bytes, bool there) {
+    std::memset(to, 0, bytes);
+    if (there) std::memcpy(to, from, bytes);
   });
-  emulated_change(barrier, 0, -map.box_tokens * map.box_columns * map.element / 8);
+  emulated_change(barrier, 0, -map.box_groups * map.box_tokens * map.columns * map.element / 8);
 }
-inline void emulated_store_box(const CUtensorMap& map, uint32_t src, int column, int token, int batch) {
-  for_each_run(map, emulated_shared(src), column, token, batch,
-               [&](const char* from, char* to, int columns) { std::memcpy(to, from, columns * map.element); });
+inline void emulated_store_box(const CUtensorMap& map, uint32_t src, int column, int token, int group, int batch) {
+  if (column != 0) std::abort();
+  for_each_run(map, emulated_shared(src), token, group, batch, [](const char* from, char* to, int bytes, bool there) {
+    if (there) std::memcpy(to, from, bytes);
+  });
 }
 inline void emulated_send(uint32_t to, float2 v, uint32_t barrier) {
   std::memcpy(emulated_shared(to), &v, sizeof v);
