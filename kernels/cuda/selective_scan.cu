@@ -50,7 +50,8 @@ bool covers_chain(const Params& p, const Tactic& t) {
   auto fits = [&](auto layout) {
     const size_t run = layout.kRun * dtype_size(p.dtype);  // bytes copied at once, by accesses of 16 at most
     return activations_aligned(p, std::min<size_t>(16, run)) && p.dim / p.ngroups % layout.kRun == 0 &&
-           t.groups <= layout.kMostGroups && t.groups * t.warps + t.copiers <= layout.kMostWarps && layout.slots(t) >= layout.least_slots(t);
+           t.groups <= layout.kMostGroups && t.groups * t.warps + t.copiers <= layout.kMostWarps &&
+           layout.slots(t) >= layout.least_slots(t);
   };
   return p.dtype == MAMBA_F32 ? with_chain<float>(t, p.d_state, fits) : with_chain<__half>(t, p.d_state, fits);
 }

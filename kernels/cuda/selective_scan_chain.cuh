@@ -10,7 +10,8 @@
 // P more warps only copy, or have the copy engine do so: they keep a ring of N slots of some tiles filled and write y, which lies in
 // the place of z.
 //
-// Linked (selective_scan_chain_linked.cuh), two blocks own the groups together and take slots in turn.
+// Linked (selective_scan_chain_linked.cuh), two blocks own the groups together and take slots in turn. Where there are more blocks than
+// multiprocessors, a block takes several lots of channels one after the other (selective_scan_chain_lots.cuh).
 #pragma once
 
 #include "early_launch.cuh"

@@ -79,7 +79,8 @@ double chain_us(const Params& p, const ChainBlock& b, const Tactic& t) {
   const int blocks = p.batch * p.ngroups * ceil_div(p.dim / p.ngroups, b.channels());
   const double row_us = 1e-3 * p.seqlen * b.token_ns;
   const double rounds = std::ceil(double(blocks) / (b.kernel == kLinked ? sm_count() / 2 : sm_count()));
-  const bool lots = with_chain<float>(t, b.states, [&](auto layout) { return layout.in_lots(t, blocks, p.seqlen, p.seq_lens); });
+  auto several = [&](auto layout) { return layout.in_lots(t, blocks, p.seqlen, p.seq_lens); };
+  const bool lots = p.dtype == MAMBA_F32 ? with_chain<float>(t, b.states, several) : with_chain<__half>(t, b.states, several);
   return lots ? b.start_us + rounds * ((b.kernel == kLanes2 ? 1 : 1.06) * row_us + 1) - 1 : (b.start_us + row_us) * rounds;
 }
 
