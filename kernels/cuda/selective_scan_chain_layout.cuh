@@ -18,7 +18,7 @@ template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirs
   static constexpr bool kEarly = kEndFirst;
   // Whether the compiler is told that the numbers of scanning and of copying warps are uniform, as was measured: addresses are then
   // computed once a warp. With more than two lanes a channel it moves work behind the scanning warps' waits.
-  static constexpr bool kUniformScan = kLanes == 2, kUniformCopy = kLanes < 8 || kN == kState;
+  static constexpr bool kUniformScan = kLanes == 2, kUniformCopy = kLanes < 8 || kN == kState || kN == 256;
   // Of a block. With 12 a lane may have 168 registers instead of 128; bounds of 14 give code 1 % faster than of 16.
   static constexpr int kMostWarps = kLinked == 4 ? 14 : kLinked == 8 ? 12 : kChainWarps;
   static constexpr int kWidth = 32 / kLanes, kTokens = 16;                             // channels of a group, tokens of a tile

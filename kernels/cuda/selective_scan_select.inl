@@ -34,8 +34,8 @@ constexpr ChainBlock kChainBlocks[] = {
     {128, kLanes8, 3, 4, 2, 6.6, 84.8},  {128, kLanes8, 2, 6, 2, 6.5, 61.0},  {128, kLanes8, 1, 8, 2, 5.2, 52.4},
     {128, kLanes8, 4, 3, 2, 6.9, 111.2}, {128, kLanes8, 5, 2, 1, 6.5, 153.2}, {128, kLanes8, 1, 3, 1, 4.7, 106.0},
 
-    {256, kLanes8, 3, 2, 2, 8.5, 228.0}, {256, kLanes8, 2, 3, 2, 11.5, 176.0}, {256, kLanes8, 4, 2, 2, 3.8, 253.0},
-    {256, kLanes8, 5, 2, 1, 4.4, 365.0},
+    {256, kLanes8, 3, 2, 2, 13.3, 224.7}, {256, kLanes8, 2, 3, 2, 13.5, 156.1}, {256, kLanes8, 4, 2, 2, 9.6, 246.9},
+    {256, kLanes8, 5, 2, 1, 0.7, 341.6},
 };
 
 // Nanoseconds a token takes blocks of the tactic channel, of which a multiprocessor has `blocks` at once (0 to 4): started
