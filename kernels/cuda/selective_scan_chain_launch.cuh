@@ -6,8 +6,8 @@
 
 namespace mamba::scan {
 
-// Describes [batch, seqlen, dim] to the copy engine, in boxes of `tokens` x `channels`; for several groups of so many channels
-// [batch, dim / channels, seqlen, channels], in boxes of `groups`.
+// Describes [batch, seqlen, dim] to the copy engine, in boxes of `tokens` x `channels`; if `several`, as
+// [batch, dim / channels, seqlen, channels], in boxes of so many groups of channels (else one).
 template <typename T>
 bool describe(CUtensorMap* map, const T* at, const Strides& stride, const Args<T>& a, int batch, bool several, int groups, int channels,
               int tokens) {
@@ -16,7 +16,7 @@ bool describe(CUtensorMap* map, const T* at, const Strides& stride, const Args<T
   const cuuint64_t token_bytes = token * sizeof(T), row_bytes = row * sizeof(T);
   const cuuint64_t plain[] = {dim, seqlen, rows}, plain_stride[] = {token_bytes, row_bytes};
   const cuuint64_t of_groups[] = {width, seqlen, dim / width, rows}, of_groups_stride[] = {token_bytes, width * sizeof(T), row_bytes};
-  const cuuint32_t box[] = {cuuint32_t(channels), cuuint32_t(tokens), cuuint32_t(several ? groups : 1), 1};
+  const cuuint32_t box[] = {cuuint32_t(channels), cuuint32_t(tokens), cuuint32_t(groups), 1};
   const auto type = sizeof(T) == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return describe_tensor(map, type, at, several ? 4 : 3, several ? of_groups : plain, several ? of_groups_stride : plain_stride, box,
                          CU_TENSOR_MAP_SWIZZLE_NONE);
@@ -30,7 +30,7 @@ int launch_chain_kernel(const Chain<T, kLanes, kN, kLinked, kEarly>& layout, con
   const int filled = ceil_div(args.seqlen, layout.kSpan * layout.kBlocks);
   const int lots = layout.kBlocks * args.ngroups * ceil_div(args.group_dim, t.groups * layout.kWidth) * batch;
   const bool several = layout.in_lots(t, lots, args.seqlen, args.seq_lens);
-  const int count = std::min(layout.slots(t), several ? 16 : std::max(filled, layout.least_slots(t)));
+  const int count = several ? layout.slots(t) : std::min(layout.slots(t), std::max(filled, layout.least_slots(t)));
   const int bytes = count * layout.slot_bytes(t.groups) + layout.fixed_bytes(t.groups, t.warps);
   const dim3 grid(lots / batch, batch);
   const dim3 block(32 * (t.groups * t.warps + t.copiers));

@@ -9,17 +9,6 @@
 
 namespace mamba::scan {
 
-// The channels of K groups of a row.
-struct Lot {
-  int b, group, c0, channels;
-
-  template <typename T> __device__ __forceinline__ Lot(const Args<T>& p, int index, int width) {
-    const int of_group = ceil_div(p.group_dim, width), column = index % (of_group * p.ngroups);
-    b = index / (of_group * p.ngroups), group = column / of_group;
-    c0 = group * p.group_dim + column % of_group * width, channels = min(width, (group + 1) * p.group_dim - c0);
-  }
-};
-
 // Of rows that are whole and have a tile for every warp of a group at least: with fewer a barrier could be a phase behind.
 // Chain::in_lots says when.
 template <typename T, int kLanes>
@@ -38,13 +27,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes>::kMostWarps, 1)
   uint64_t *filled = ready + K * W * kHands, *done = filled + 16;                   // [16] each
   const int warp = L::kUniformScan ? __shfl_sync(~0u, threadIdx.x / 32, 0) : threadIdx.x / 32;
   const int lane = threadIdx.x % 32, all_warps = warps + copiers;
-  if (lane == 0) {
-    for (int i = warp; i < K * W * kHands; i += all_warps) mbarrier_init(&ready[i], 32);
-    for (int i = warp; i < N; i += all_warps) {
-      mbarrier_init(&filled[i], Copier<T, L>::arrivals(boxes));
-      mbarrier_init(&done[i], L::kTiles * 32 * K);
-    }
-  }
+  if (lane == 0) set_up_barriers<T, L>(ready, filled, done, boxes, K, W, N, warp, all_warps);
   if (warp == warps && lane == 0) Copier<T, L>::prefetch(boxes);
   __syncthreads();
   let_next_start();
