@@ -253,24 +253,24 @@ template <typename L, bool kCut>
 __global__ void __launch_bounds__(L::kThreads, 1) ssd_outputs_kernel(const __grid_constant__ TwoPassArgs args) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const OutputsShared<L> shared{memory};
+  let_next_start();
+  if (threadIdx.x == 0) {
+    mbarrier_init(shared.ready(), L::kParts == 2 ? L::kProducers : 1), mbarrier_init(shared.landed(), 1);
+    for (int s = 0; s < L::kStages; s++) {
+      mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kProducers : 2 * 32);  // the tile and the decays
+      mbarrier_init(shared.state_full(s), 1);
+      mbarrier_init(shared.empty(s), L::kConsumers), mbarrier_init(shared.state_empty(s), L::kConsumers);
+    }
+    fence_mbarrier_init();
+  }
+  if (L::kParts == 1 && threadIdx.x == 32) prefetch_map(args.C), prefetch_map(args.B), prefetch_map(args.x), prefetch_map(args.y);
   const OutputsItem at = outputs_item(args);
   const bool padding = at.limit <= at.token0;  // and nothing else
-  let_next_start();
   if (padding) {
     wait_for_previous();
     clear_outputs<L>(args.scan, at);
-  } else {
-    if (threadIdx.x == 0) {
-      mbarrier_init(shared.ready(), L::kParts == 2 ? L::kProducers : 1), mbarrier_init(shared.landed(), 1);
-      for (int s = 0; s < L::kStages; s++) {
-        mbarrier_init(shared.x_full(s), L::kParts == 2 ? L::kProducers : 2 * 32);  // the tile and the decays
-        mbarrier_init(shared.state_full(s), 1);
-        mbarrier_init(shared.empty(s), L::kConsumers), mbarrier_init(shared.state_empty(s), L::kConsumers);
-      }
-      fence_mbarrier_init();
-    }
-    __syncthreads();
   }
+  __syncthreads();
   if (threadIdx.x < L::kProducers) {
     set_registers<L::kProducerRegisters, false>();
     if (!padding) outputs_produce<L, kCut>(args, at, shared);

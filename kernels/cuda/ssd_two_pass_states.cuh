@@ -341,15 +341,18 @@ __global__ void __launch_bounds__(L::kThreads, 1) ssd_states_kernel(const __grid
     mbarrier_init(shared.landed(), 1);
     fence_mbarrier_init();
   }
-  __syncthreads();
+  if (L::kParts == 1 && threadIdx.x == 32) prefetch_map(args.B), prefetch_map(args.x);
   // The first launch of a call waits for its inputs here: the second pass, which starts behind this, reads some without waiting.
-  if (args.batch0 == 0 && args.chunk0 == 0) wait_for_previous();
-  let_next_start();
+  const bool waits = args.batch0 == 0 && args.chunk0 == 0;
+  if (waits && args.scan.seq_lens) wait_for_previous();
   StatesItem at;  // the first
   if constexpr (kCut)
     piece_of_row<L>(args, 0, at);
   else
     at = whole_row<L>(args);
+  __syncthreads();
+  if (waits) wait_for_previous();
+  let_next_start();
   if (threadIdx.x < L::kProducers) {
     states_produce<L, kCut>(args, at, shared);
   } else if (threadIdx.x < L::kProducers + L::kWeighers) {

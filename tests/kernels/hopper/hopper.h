@@ -130,6 +130,7 @@ inline void bulk_load(uint32_t dst, const void* src, int bytes, uint64_t* bar) {
   landed(bar, bytes);
 }
 inline void bulk_store(void* dst, uint32_t src, int bytes) { std::memcpy(dst, emu::smem + src, bytes); }
+inline void prefetch_map(const CUtensorMap&) {}
 inline void bulk_commit() {}
 inline void bulk_wait_read() {}
 template <int kPending> void bulk_wait() {}
