@@ -124,6 +124,13 @@ __device__ __forceinline__ float silu(float x) { return x * rcp(1.0f + ex2(-kLog
 
 // ---- asynchronous copies and barriers ------------------------------------------------------------
 
+// threadIdx.x where the compiler does not know it to be that: what is computed from it is not kept until then.
+__device__ __forceinline__ int thread_again() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }

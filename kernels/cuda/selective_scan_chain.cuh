@@ -32,34 +32,51 @@ __device__ __forceinline__ void copy_A(float* to, const Args<T>& p, int K, int c
   }
 }
 
-// Sets up what barriers of a block lane 0 of this warp has a share in: the lanes of one warp would do it one after the other, 0.4 us more.
+// Sets up what barriers of a block this warp has a share in, in one of its lanes: the lanes of one warp would do it one after the other,
+// 0.4 us more.
 template <typename T, typename L>
-__device__ __forceinline__ void set_up_barriers(uint64_t* ready, uint64_t* filled, uint64_t* done, const Boxes& boxes, int K, int W, int N,
-                                                int warp, int all_warps) {
+__device__ __forceinline__ void set_up_barriers(uint64_t* ready, uint64_t* filled, uint64_t* done, uint64_t* arrived, const Boxes& boxes,
+                                                int K, int W, int N) {
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), all_warps = blockDim.x / 32;
+  if (!elected()) return;
+  if (warp == K * W) Copier<T, L>::prefetch(boxes);
   for (int i = warp; i < K * W * L::kHands; i += all_warps) mbarrier_init(&ready[i], 32);
   for (int i = warp; i < N; i += all_warps) {
     mbarrier_init(&filled[i], Copier<T, L>::arrivals(boxes));
     mbarrier_init(&done[i], L::kTiles * 32 * K);
   }
+  if constexpr (L::kLinked > 0) {
+    for (int i = warp; i < K * L::kHands; i += all_warps) {
+      mbarrier_init(&arrived[i], 1);
+      mbarrier_expect(&arrived[i], kSentBytes);
+    }
+  }
 }
 
-// Neighbouring channels of a row, `width` or as many as there are: number `column` of the row, or number `index` of all rows.
+// Neighbouring channels of a row, `width` or as many as there are: number `column` of the group, or number `index` of all rows.
 struct Lot {
   int b, group, c0, channels;
 
-  template <typename T> __device__ __forceinline__ Lot(const Args<T>& p, int row, int column, int width) : b(row) {
-    find(p, column, ceil_div(p.group_dim, width), width);
+  template <typename T> __device__ __forceinline__ Lot(const Args<T>& p, int row, int group, int column, int width) : b(row), group(group) {
+    find(p, column, width);
   }
   template <typename T> __device__ __forceinline__ Lot(const Args<T>& p, int index, int width) {
     const int of_group = ceil_div(p.group_dim, width), column = index % (of_group * p.ngroups);
-    b = index / (of_group * p.ngroups);
-    find(p, column, of_group, width);
+    b = index / (of_group * p.ngroups), group = column / of_group;
+    find(p, column % of_group, width);
   }
-  template <typename T> __device__ __forceinline__ void find(const Args<T>& p, int column, int of_group, int width) {
-    group = column / of_group;
-    c0 = group * p.group_dim + column % of_group * width, channels = min(width, (group + 1) * p.group_dim - c0);
+  template <typename T> __device__ __forceinline__ void find(const Args<T>& p, int column, int width) {
+    c0 = group * p.group_dim + column * width, channels = min(width, (group + 1) * p.group_dim - c0);
   }
 };
+
+// Asks for the activations of a slot, as a scanning warp at the start: a copying warp begins with B and C.
+template <typename T, typename L>
+__device__ __forceinline__ void ask_for_first(const Args<T>& p, const Boxes& boxes, const Lot& lot, int n, T* acts, int t0, uint64_t* full) {
+  const Copier<T, L> copier(p, boxes, lot.b, lot.group, lot.c0, lot.channels, n);
+  wait_for_previous();
+  copier.ask_for_activations(acts, t0, full);
+}
 
 template <typename T, int kLanes, int kN, int kLinked, bool kEarly>
 __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps, 1)
@@ -70,8 +87,6 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
   constexpr int G = L::kWidth, kStates = L::kStates, kHands = L::kHands, kTogether = L::kTogether;
   const int warps = K * W, copiers = blockDim.x / 32 - warps;
   const int column = blockIdx.x / kBlocks, turn = blockIdx.x % kBlocks;  // which block of its cluster this is
-  const auto [b, group, c0, channels] = Lot(p, blockIdx.y, column, K * G);
-  const int d_state = L::d_state(p);
 
   extern __shared__ __align__(128) char shared[];
   const int slot_bytes = L::slot_bytes(K);
@@ -81,28 +96,22 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
   float* records = reinterpret_cast<float*>(shared + N * slot_bytes);            // [K][W][kRecord]
   uint64_t* ready = reinterpret_cast<uint64_t*>(records + L::record_floats(K, W));  // [K][W][kHands]: handed on
   uint64_t *filled = ready + K * W * kHands, *done = filled + 16;                // [16] each
-  [[maybe_unused]] uint64_t* arrived = done + 16;                                // [K][kHands], the inboxes behind
+  uint64_t* arrived = done + 16;                                                // [K][kHands], the inboxes behind
   [[maybe_unused]] float2* inboxes = reinterpret_cast<float2*>(arrived + K * kHands);
 
   const int warp = L::kUniformScan ? __shfl_sync(~0u, threadIdx.x / 32, 0) : threadIdx.x / 32;
-  const int lane = threadIdx.x % 32, all_warps = warps + copiers;
-  if (lane == 0) {
-    set_up_barriers<T, L>(ready, filled, done, boxes, K, W, N, warp, all_warps);
-    if constexpr (kLinked > 0) {
-      for (int i = warp; i < K * kHands; i += all_warps) {
-        mbarrier_init(&arrived[i], 1);
-        mbarrier_expect(&arrived[i], kSentBytes);
-      }
-    }
-  }
-  if (warp == warps && lane == 0) Copier<T, L>::prefetch(boxes);
+  const int lane = threadIdx.x % 32;
+  set_up_barriers<T, L>(ready, filled, done, arrived, boxes, K, W, N);
   if constexpr (kLinked > 0) {
-    cluster_sync();
+    cluster_arrive();
   } else {
     __syncthreads();
   }
+  const Lot lot(p, blockIdx.y, blockIdx.z, column, K * G);
+  const auto [b, group, c0, channels] = lot;
+  const int d_state = L::d_state(p);
   let_next_start();
-  wait_for_previous();
+  if (L::kOneA || p.seq_lens) wait_for_previous();  // else each warp has something to find out before it waits
   [[maybe_unused]] float* all_A = records + K * W * L::kRecord;  // with kOneA, [K][kHands][32][kTogether]
   if constexpr (L::kOneA) {
     copy_A<L>(all_A, p, K, c0, channels, d_state);
@@ -111,11 +120,25 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
   const int n = row_length(p, b), all_spans = ceil_div(n, L::kSpan);
   const int spans = kLinked ? (all_spans + 1 - turn) / 2 : all_spans;  // of this block
   auto start_of = [&](int span) { return (span * kBlocks + turn) * L::kSpan; };
+  if constexpr (kLinked > 0) cluster_wait();
 
+  const int asks = warps - 1 - warp;
+  if (asks >= 0 && asks < min(copiers, spans)) {
+    ask_for_first<T, L>(p, boxes, lot, n, slot_acts(asks), start_of(asks), &filled[asks]);
+  }
   if (warp < warps) {
     const int k = warp % K, w = warp / K, part = L::part(lane), channel = L::channel(lane), c = c0 + k * G + channel;
     const bool in = c < c0 + channels, use_softplus = p.softplus, has_z = p.z;
+    wait_for_previous();
     const float bias = in && p.bias ? p.bias[c] : 0.0f, D = in && p.D ? p.D[c] : 0.0f;
+    [[maybe_unused]] float rates[kStates];  // all asked for before one is waited for
+    if constexpr (!L::kOneA) {
+#pragma unroll
+      for (int s = 0; s < kStates; s++) {
+        const int state = part * kStates + s;
+        rates[s] = in && (kN == kState || state < d_state) ? p.A[int64_t(c) * d_state + state] : 0.0f;
+      }
+    }
     const int before = w == 0 ? W - 1 : w - 1;
     float* record = records + (k * W + w) * L::kRecord;
     float *carry_in = records + (k * W + before) * L::kRecord + lane * kTogether, *carry_out = record + lane * kTogether;
@@ -129,7 +152,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
       const int state = part * kStates + s;
       const int at = s / kTogether * 32 * kTogether + s % kTogether;
       const bool there = in && (kN == kState || state < d_state);
-      if (!L::kOneA) own_A[at] = there ? p.A[int64_t(c) * d_state + state] * kLog2e : 0.0f;
+      if (!L::kOneA) own_A[at] = rates[s] * kLog2e;
       if (w == W - 1) {
         carry_out[at] = there && p.h0 && turn == 0 ? p.h0[(int64_t(b) * p.dim + c) * d_state + state] : 0.0f;
         if (s % kTogether == kTogether - 1) mbarrier_arrive(out_ready + s / kTogether);
@@ -178,12 +201,28 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
       const uint32_t ring = kLinked ? N : N * L::kTiles;
       if (place >= ring) place -= ring, lap ^= 1;
     }
+    // The row's end is with the warp of its last tile, or with W - 1, which holds the start, if there is none.
+    if (p.hT && turn == max(all_spans - 1, 0) % kBlocks) {
+      const int tiles = ceil_div(n, L::kTokens) - (all_spans - spans) * L::kTiles;  // of this block
+      const int thread = thread_again(), of_warp = thread / 32, l = thread % 32, first_state = L::part(l) * kStates;
+      const int c = of_warp % K * G + L::channel(l), w = of_warp / K;
+      const float* hands = records + (of_warp % K * W + w) * L::kRecord + l * kTogether;
+      if constexpr (kLinked > 0) hands = reinterpret_cast<const float*>(own.carry_out);
+      float* to = p.hT + (int64_t(b) * p.dim + c0 + c) * d_state + first_state;
+      if (c < channels && w == (tiles + W - 1) % W) {
+#pragma unroll
+        for (int s = 0; s < kStates; s++) {
+          if (kN == kState || first_state + s < d_state) to[s] = hands[s / kTogether * 32 * kTogether + s % kTogether];
+        }
+      }
+    }
   } else {
     const Copier<T, L> copier(p, boxes, b, group, c0, channels, n);
     int slot = L::kUniformCopy ? __shfl_sync(~0u, warp - warps, 0) : warp - warps, lap = 0;
+    wait_for_previous();
     // Whoever fills a slot again writes y out of it.
     for (int span = slot; span < spans + N; span += copiers) {
-      const bool fills = span < spans, again = span >= N;
+      const bool fills = span < spans, again = span >= N, asked = span < min(copiers, warps);
       typename Copier<T, L>::States states;
       if (fills) states = copier.load_states(start_of(span));  // on its way while the slot is waited for
       if (again) {
@@ -191,7 +230,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
         copier.write_y(slot_acts(slot), start_of(span - N));
       }
       if (fills) {
-        copier.fill_activations(slot_acts(slot), start_of(span), &filled[slot], again);
+        copier.fill_activations(slot_acts(slot), start_of(span), &filled[slot], again, asked);
         copier.store_states(slot_bc(slot), states, start_of(span));
         if (again) copier.fill_gates(slot_acts(slot), start_of(span), &filled[slot]);
         mbarrier_arrive(&filled[slot]);
@@ -200,18 +239,6 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes, kN, kLinked>::kMostWarps
       if (slot >= N) slot -= N, lap ^= 1;
     }
     copier.finish();
-  }
-  __syncthreads();
-  if (kLinked && turn != max(all_spans - 1, 0) % 2) return;  // the other block has the row's end
-  if (p.hT) {
-    const int tiles = ceil_div(n, L::kTokens) - (all_spans - spans) * L::kTiles;  // of this block
-    const int last = (tiles + W - 1) % W;  // the warp of the last tile; W - 1, which holds the start, if there is none
-    [[maybe_unused]] const int last_slot = max(spans - 1, 0) % N;
-    for (int i = threadIdx.x; i < channels * d_state; i += blockDim.x) {
-      const int c = i / d_state, s = i % d_state, lane_of = L::lane(s / kStates, c % G), hand = s % kStates / kTogether;
-      const float* hands = kLinked ? slot_hands(last_slot, c / G, last) : records + (c / G * W + last) * L::kRecord;
-      p.hT[(int64_t(b) * p.dim + c0 + c) * d_state + s] = hands[(hand * 32 + lane_of) * kTogether + s % kTogether];
-    }
   }
   zero_padding(p, b, n, c0, c0 + channels);
 }

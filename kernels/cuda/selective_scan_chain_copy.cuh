@@ -28,6 +28,9 @@ __device__ __forceinline__ void mbarrier_arrive_copies(uint64_t* bar) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(smem_address(bar)) : "memory");
 }
 
+// a / b of numbers up to 64, which a division would take three times as long for.
+__device__ __forceinline__ int small_quotient(int a, int b) { return int((a + 0.5f) * rcp(float(b))); }
+
 // One lane of a copying warp; a warp moves a whole slot. Activations move in runs of kRun channels: a lane has
 // one column of them and every `rows`-th token.
 template <typename T, typename L> struct Copier {
@@ -54,9 +57,9 @@ template <typename T, typename L> struct Copier {
   __device__ __forceinline__ void turn_to(int row, int group, int first_channel, int count) {
     const Args<T>& p = args;
     b = row, c0 = first_channel, channels = count;
-    const int columns = channels / kRun, column = lane % columns;
-    rows = 32 / columns;
-    token0 = lane < rows * columns ? lane / columns : 1 << 30;  // the last few lanes have no column
+    const int columns = channels / kRun, column = lane - small_quotient(lane, columns) * columns;
+    rows = small_quotient(32, columns);
+    token0 = lane < rows * columns ? small_quotient(lane, columns) : 1 << 30;  // the last few lanes have no column
     place = column * kRun / L::kWidth * L::kGroup + column * kRun % L::kWidth;
     auto column_of = [&](const T* base, const Strides& s, int c) {
       return Column{const_cast<T*>(base) + b * s.batch + (p.reverse ? n - 1 : 0) * s.token + c, p.reverse ? -s.token : s.token};
@@ -122,16 +125,21 @@ template <typename T, typename L> struct Copier {
     }
   }
   // All but z if the slot is filled `again`: y may be on its way out of z's place.
-  __device__ __forceinline__ void fill_activations(T* slot, int t0, uint64_t* full, bool again) const {
+  __device__ __forceinline__ void ask_for_activations(T* slot, int t0, uint64_t* full, bool again = false) const {
+    if (!engine(boxes) || !elected()) return;
+    const int tensors = args.z ? 3 : 2, groups = L::kLinked ? tensors * boxes.groups : tensors * channels / L::kWidth;
+    mbarrier_expect(full, groups * L::kActivation * int(sizeof(T)));
+    load_boxes(boxes.delta, slot, 1, t0, full);
+    load_boxes(boxes.u, slot, 0, t0, full);
+    if (args.z && !again) load_boxes(boxes.z, slot, 2, t0, full);
+  }
+  // `asked`: for, by another warp.
+  __device__ __forceinline__ void fill_activations(T* slot, int t0, uint64_t* full, bool again, bool asked) const {
     if (!engine(boxes)) {
       copy_activations(slot, t0);
       mbarrier_arrive_copies(full);
-    } else if (elected()) {
-      const int tensors = args.z ? 3 : 2, groups = L::kLinked ? tensors * boxes.groups : tensors * channels / L::kWidth;
-      mbarrier_expect(full, groups * L::kActivation * int(sizeof(T)));
-      load_boxes(boxes.delta, slot, 1, t0, full);
-      load_boxes(boxes.u, slot, 0, t0, full);
-      if (args.z && !again) load_boxes(boxes.z, slot, 2, t0, full);
+    } else if (!asked) {
+      ask_for_activations(slot, t0, full, again);
     }
   }
   __device__ __forceinline__ void fill_gates(T* slot, int t0, uint64_t* full) const {

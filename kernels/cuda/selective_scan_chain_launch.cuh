@@ -32,7 +32,7 @@ int launch_chain_kernel(const Chain<T, kLanes, kN, kLinked, kEarly>& layout, con
   const bool several = layout.in_lots(t, lots, args.seqlen, args.seq_lens);
   const int count = several ? layout.slots(t) : std::min(layout.slots(t), std::max(filled, layout.least_slots(t)));
   const int bytes = count * layout.slot_bytes(t.groups) + layout.fixed_bytes(t.groups, t.warps);
-  const dim3 grid(lots / batch, batch);
+  const dim3 grid(lots / batch / args.ngroups, batch, args.ngroups);
   const dim3 block(32 * (t.groups * t.warps + t.copiers));
   // Whole groups alone: out of others a warp writes y, and behind that there is no fence for the engine, which loads z over it. Nor
   // may a box of y reach into channels with other B and C.

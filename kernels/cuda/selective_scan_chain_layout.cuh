@@ -26,6 +26,9 @@ template <typename T, int kLanes, int kN = kState, int kWarps = 0, bool kEndFirs
   static constexpr int kRun = kWidth < 8 ? kWidth : 8;                                 // channels copied at once
   static constexpr int kStates = kN / kLanes;                                          // of a lane,
   static constexpr int kTogether = kLanes == 2 ? 1 : 2, kHands = kStates / kTogether;  // which hands kTogether on at once
+  // Tokens of a tile whose decays of the next two states are made among the recurrences of two, as was measured. Linked, the other block
+  // waits for these; with more states than 16 registers would spill; with a tile's end first nobody waits.
+  static constexpr int kAmong = (kLinked && !kEarly) || kN > kState ? 4 : kEarly ? 16 : 8;
   static constexpr bool kOneA = kN > kState;     // a copy of A for a group, not for each of its warps
   static constexpr int kOwn = kTokens / kLanes;  // tokens of a tile that a lane makes dt of and finishes
   // A slot: of every group u, delta, z, [token][kWidth] each (the copy engine moves them if a token is 16 bytes at least; if not,

@@ -9,11 +9,16 @@
 
 namespace mamba::scan {
 
-// All blocks of the cluster are there, and the barriers that they have set up. (A release would wait for global memory too.)
-__device__ __forceinline__ void cluster_sync() {
+// After both all blocks of the cluster are there, and the barriers that they have set up. (A release would wait for global memory too.)
+__device__ __forceinline__ void cluster_arrive() {
   fence_mbarrier_init();
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
 // Where `p` is in the shared memory of block `rank` of the cluster.

@@ -26,13 +26,17 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes>::kMostWarps, 1)
   uint64_t* ready = reinterpret_cast<uint64_t*>(records + L::record_floats(K, W));  // [K][W][kHands]: handed on
   uint64_t *filled = ready + K * W * kHands, *done = filled + 16;                   // [16] each
   const int warp = L::kUniformScan ? __shfl_sync(~0u, threadIdx.x / 32, 0) : threadIdx.x / 32;
-  const int lane = threadIdx.x % 32, all_warps = warps + copiers;
-  if (lane == 0) set_up_barriers<T, L>(ready, filled, done, boxes, K, W, N, warp, all_warps);
-  if (warp == warps && lane == 0) Copier<T, L>::prefetch(boxes);
+  const int lane = threadIdx.x % 32;
+  set_up_barriers<T, L>(ready, filled, done, nullptr, boxes, K, W, N);
   __syncthreads();
   let_next_start();
-  wait_for_previous();
   const int n = p.seqlen, spans = ceil_div(n, L::kSpan), tiles = ceil_div(n, L::kTokens);
+  const Lot first_lot(p, blockIdx.x, width);
+
+  const int asks = warps - 1 - warp;
+  if (asks >= 0 && asks < min(copiers, spans)) {
+    ask_for_first<T, L>(p, boxes, first_lot, n, slot_acts(asks), asks * L::kSpan, &filled[asks]);
+  }
 
   if (warp < warps) {
     const int k = warp % K, w = warp / K, part = L::part(lane), channel = L::channel(lane);
@@ -54,7 +58,8 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes>::kMostWarps, 1)
     uint32_t place = 0, lap = 0, parity = w == 0;  // the first turn waits for none
     int turn = w;                                  // of the lot, whose first is its start
     int at = 0, base = 0;                          // tiles of the block: up to `place`, before the lot
-    int64_t last_state = -1;                       // where the state of the lot before begins
+    int64_t last_state = -1;                       // where the state of the lot before begins; with two lanes found again, as was measured
+    wait_for_previous();
     for (int index = blockIdx.x;; index += gridDim.x, base += spans * L::kTiles) {
       const bool goes_on = index < lots;
       const Lot lot(p, index, width);
@@ -72,6 +77,12 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes>::kMostWarps, 1)
           const int of_state = s / kTogether * 32 * kTogether + s % kTogether;
           if (base > 0) {
             if (s % kTogether == 0) mbarrier_wait(in_ready + s / kTogether, parity);
+            if constexpr (kLanes == 2) {
+              const Lot before(p, index - gridDim.x, width);
+              const int of_before = before.c0 + k * G + channel;
+              const bool there = of_before < before.c0 + before.channels;
+              last_state = there ? (int64_t(before.b) * p.dim + of_before) * kState + part * kStates : -1;
+            }
             if (p.hT && last_state >= 0) p.hT[last_state + s] = carry_in[of_state];
           }
           carry_out[of_state] = in && p.h0 ? p.h0[state + s] : 0.0f;
@@ -80,7 +91,7 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes>::kMostWarps, 1)
         turn = W, parity ^= 1;
       }
       if (!goes_on) break;
-      last_state = state;
+      if constexpr (kLanes > 2) last_state = state;
       if constexpr (kLanes > 2) own.bias = bias, own.D = D;
       for (; turn <= tiles; turn += W, parity ^= 1) {
         place += base + turn - 1 - at, at = base + turn - 1;
@@ -94,7 +105,8 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes>::kMostWarps, 1)
         if constexpr (kLanes == 2) {
           chain_tile<T, L>(acts, bc, own_A, carry_in, carry_out, in_ready, out_ready, parity, left, bias, D, use_softplus, has_z);
         } else {
-          chain_tile_pairs<T, L>(own, acts, bc, left - first, parity);
+          // Nobody waits for a state here: all of the next pair's decays are made among the recurrences.
+          chain_tile_pairs<T, L, L::kTokens>(own, acts, bc, left - first, parity);
         }
         mbarrier_arrive(full + 16);  // done[slot]
         for (int i = turn == tiles ? spans * L::kTiles : tiles; i > tiles; i--) mbarrier_arrive(full + 16);  // for tiles behind the end
@@ -104,8 +116,8 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes>::kMostWarps, 1)
   } else {
     int slot = __shfl_sync(~0u, warp - warps, 0), lap = 0, fill = slot, span = slot;
     int out_index = blockIdx.x, out_span = (slot + (N - slot + copiers - 1) / copiers * copiers) - N;  // whose y leaves next
-    const Lot first(p, blockIdx.x, width);
-    Copier<T, L> copier(p, boxes, first.b, first.group, first.c0, first.channels, n), out = copier;
+    Copier<T, L> copier(p, boxes, first_lot.b, first_lot.group, first_lot.c0, first_lot.channels, n), out = copier;
+    wait_for_previous();
     auto turn_to = [&](Copier<T, L>& of, int index) {
       const Lot lot(p, index, width);
       of.turn_to(lot.b, lot.group, lot.c0, lot.channels);
@@ -132,10 +144,10 @@ __global__ void __launch_bounds__(32 * Chain<T, kLanes>::kMostWarps, 1)
       turn_to(copier, index);
       for (; span < spans; span += copiers) {
         const int start = span * L::kSpan;
-        const bool again = fill >= N;
+        const bool again = fill >= N, asked = fill < min(min(copiers, warps), spans);
         const auto states = copier.load_states(start);  // on its way while the slot is waited for
         if (again) take_out();
-        copier.fill_activations(slot_acts(slot), start, &filled[slot], again);
+        copier.fill_activations(slot_acts(slot), start, &filled[slot], again, asked);
         copier.store_states(slot_bc(slot), states, start);
         if (again) copier.fill_gates(slot_acts(slot), start, &filled[slot]);
         mbarrier_arrive(&filled[slot]);

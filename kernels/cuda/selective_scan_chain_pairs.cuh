@@ -148,13 +148,12 @@ struct TileEnd {
   }
 };
 
-// `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on. Three quarters of the next pair's
-// decays are made among the dependent steps of the recurrences: that hands the states on later, but with three or more warps to a
-// group nobody waits for them, and the special-function unit does not idle meanwhile. With more states than 16 registers would
-// spill, and in linked blocks the other one waits: there only a quarter are.
-template <typename T, typename L>
+// `own`: u of this lane's first token; `left`: how many tokens of the row there are from it on. The next pair's decays of the first
+// kAmong tokens are made among the dependent steps of the recurrences: that hands the states on later, but with three or more warps to a
+// group nobody waits for them, and the special-function unit does not idle meanwhile.
+template <typename T, typename L, int kAmong = L::kAmong>
 __device__ __forceinline__ void chain_tile_pairs(const PairLane<L>& lane, T* own, const float* bc, int left, int parity) {
-  constexpr int kTokens = L::kTokens, kAmong = (L::kLinked && !L::kEarly) || L::kAllStates > kState ? 4 : 12;
+  constexpr int kTokens = L::kTokens;
   float y[kTokens], a0[kTokens], a1[kTokens];  // decays, then states
   make_steps(lane, own, left);
   __syncwarp();

@@ -16,7 +16,7 @@ __device__ __forceinline__ void fence_async_proxy() {
 
 // True for one lane of a warp, always the same. Not `lane == 0`, behind which the compiler puts every copy into a loop over the lanes.
 __device__ __forceinline__ bool elected() {
-  uint32_t is = 0;
+  uint32_t is = threadIdx.x % 32 == 0;
 #if __CUDA_ARCH__ >= 900
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(is));
 #endif

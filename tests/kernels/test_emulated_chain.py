@@ -19,6 +19,7 @@ BODIES = {
     "common.cuh": {
         "ex2": "return std::exp2(x);",
         "rcp": "return 1.0f / x;",
+        "thread_again": "return threadIdx.x;",
         "smem_address": "return uint32_t(static_cast<const char*>(p) - emulated_shared(0));",
         "cp_async": "if (valid) std::memcpy(dst, src, kBytes);",
         "cp_async_commit": "",
@@ -45,7 +46,8 @@ BODIES = {
         "bulk_wait_read": "",
     },
     "selective_scan_chain_linked.cuh": {
-        "cluster_sync": "emulation::whole_cluster->arrive_and_wait();",
+        "cluster_arrive": "emulation::whole_cluster->arrive_and_wait();",
+        "cluster_wait": "",
         "address_in": "return smem_address(p) + (rank - emulation::rank) * emulation::kShared;",
         "send_states": "if (sends) emulated_send(to, h, bar);",
     },

@@ -40,7 +40,8 @@ template <typename F> void run_blocks(unsigned blocks, dim3 grid, unsigned threa
       running.emplace_back([&, i] {
         const unsigned b = first + i / threads;
         emulation::rank = int(i / threads), emulation::whole_block = whole[i / threads].get();
-        emulation::thread = dim3(i % threads), emulation::block = dim3(b % grid.x, b / grid.x);
+        emulation::thread = dim3(i % threads);
+        emulation::block = dim3(b % grid.x, b / grid.x % grid.y, b / grid.x / grid.y);
         emulation::block_size = dim3(threads), emulation::grid_size = grid;
         emulation::warp = warps[i / 32].get(), emulation::lane = int(i % 32);
         kernel();
@@ -67,7 +68,7 @@ void launch(const Chain<T, kLanes, kN, kLinked, kEarly>& layout, const Case& c, 
       return;
     }
   }
-  run_blocks(lots, dim3(columns, c.batch), threads, kBlocks,
+  run_blocks(lots, dim3(columns / c.ngroups, c.batch, c.ngroups), threads, kBlocks,
              [&] { chain_kernel<T, kLanes, kN, kLinked, kEarly>(a, boxes, c.groups, c.warps, slots); });
 }
 
