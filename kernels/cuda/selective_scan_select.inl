@@ -12,16 +12,16 @@ struct ChainBlock {
 };
 constexpr int kLanes2 = Tactic::kChain, kLanes4 = Tactic::kChain4, kLanes8 = Tactic::kChain8, kLinked = Tactic::kLinked;
 constexpr ChainBlock kChainBlocks[] = {
-    {16, kLanes2, 1, 14, 2, 4.1, 16.6},  {16, kLanes2, 2, 7, 2, 5.2, 30.6},   {16, kLanes2, 3, 5, 1, 4.9, 43.0},
-    {16, kLanes2, 4, 3, 1, 4.2, 60.4},   {16, kLanes2, 5, 3, 1, 5.3, 71.0},   {16, kLanes4, 2, 7, 2, 4.0, 16.1},
-    {16, kLanes4, 3, 5, 1, 4.2, 22.9},   {16, kLanes4, 4, 3, 2, 4.7, 31.9},   {16, kLanes4, 5, 3, 1, 4.8, 37.9},
-    {16, kLanes4, 7, 2, 1, 5.7, 55.3},   {16, kLanes4, 1, 14, 2, 3.8, 9.3},   {16, kLanes4, 1, 8, 2, 3.3, 10.7},
-    {16, kLanes8, 1, 10, 2, 2.7, 11.2},  {16, kLanes8, 3, 5, 1, 2.5, 23.9},   {16, kLinked, 3, 4, 1, 5.1, 12.55},
-    {16, kLinked, 1, 8, 2, 4.1, 6.5},    {16, kLanes2, 1, 8, 2, 3.5, 19.5},
+    {16, kLanes2, 1, 14, 2, 4.0, 16.6},  {16, kLanes2, 2, 7, 2, 4.2, 31.0},   {16, kLanes2, 3, 5, 1, 4.3, 43.1},
+    {16, kLanes2, 4, 3, 1, 3.0, 60.7},   {16, kLanes2, 5, 3, 1, 3.8, 71.5},   {16, kLanes4, 2, 7, 2, 3.4, 16.4},
+    {16, kLanes4, 3, 5, 1, 3.4, 23.2},   {16, kLanes4, 4, 3, 2, 3.9, 32.5},   {16, kLanes4, 5, 3, 1, 4.4, 38.3},
+    {16, kLanes4, 7, 2, 1, 5.0, 56.0},   {16, kLanes4, 1, 14, 2, 3.2, 9.3},   {16, kLanes4, 1, 8, 2, 2.5, 10.9},
+    {16, kLanes8, 1, 10, 2, 1.8, 11.5},  {16, kLanes8, 3, 5, 1, 2.7, 22.6},   {16, kLinked, 3, 4, 1, 3.6, 12.6},
+    {16, kLinked, 1, 8, 2, 3.7, 6.4},    {16, kLanes2, 1, 8, 2, 2.8, 19.6},
 
-    {8, kLanes4, 2, 7, 2, 4.2, 10.7},    {8, kLanes4, 1, 8, 2, 3.5, 7.4},     {8, kLanes4, 3, 4, 2, 4.6, 16.7},
-    {8, kLanes4, 4, 3, 2, 4.5, 22.2},    {8, kLanes4, 5, 3, 1, 5.0, 25.0},    {8, kLinked, 3, 4, 1, 4.7, 8.9},
-    {8, kLanes4, 7, 2, 1, 5.2, 36.9},    {8, kLanes4, 2, 5, 2, 4.0, 12.6},
+    {8, kLanes4, 2, 7, 2, 3.3, 10.7},    {8, kLanes4, 1, 8, 2, 2.8, 7.2},     {8, kLanes4, 3, 4, 2, 3.6, 16.7},
+    {8, kLanes4, 4, 3, 2, 4.1, 21.6},    {8, kLanes4, 5, 3, 1, 3.8, 24.9},    {8, kLinked, 3, 4, 1, 3.3, 9.0},
+    {8, kLanes4, 7, 2, 1, 5.0, 36.4},    {8, kLanes4, 2, 5, 2, 3.2, 12.6},
 
     {32, kLanes8, 3, 4, 2, 4.3, 31.2},   {32, kLanes8, 1, 10, 2, 3.0, 18.2}, {32, kLanes8, 2, 7, 2, 4.3, 22.5},
     {32, kLanes4, 2, 7, 2, 5.5, 28.8},   {32, kLanes4, 3, 5, 1, 5.6, 41.7},   {32, kLanes4, 5, 3, 1, 7.6, 66.8},
@@ -74,14 +74,14 @@ double side_by_side_us(const Params& p, int blocks, int pieces) {
   return 25 + 0.2 * pieces * seen + 1e-3 * token_ns * tokens * passes;
 }
 
-// Where blocks take several lots, one after the other, only the first starts; another costs 1 us, and with four lanes a token 6 % more.
+// Where blocks take several lots, one after the other, only the first starts; another costs 1 us.
 double chain_us(const Params& p, const ChainBlock& b, const Tactic& t) {
   const int blocks = p.batch * p.ngroups * ceil_div(p.dim / p.ngroups, b.channels());
   const double row_us = 1e-3 * p.seqlen * b.token_ns;
   const double rounds = std::ceil(double(blocks) / (b.kernel == kLinked ? sm_count() / 2 : sm_count()));
   auto several = [&](auto layout) { return layout.in_lots(t, blocks, p.seqlen, p.seq_lens); };
   const bool lots = p.dtype == MAMBA_F32 ? with_chain<float>(t, b.states, several) : with_chain<__half>(t, b.states, several);
-  return lots ? b.start_us + rounds * ((b.kernel == kLanes2 ? 1 : 1.06) * row_us + 1) - 1 : (b.start_us + row_us) * rounds;
+  return lots ? b.start_us + rounds * (row_us + 1) - 1 : (b.start_us + row_us) * rounds;
 }
 
 // Blocks of whole rows of the tactic generic.
